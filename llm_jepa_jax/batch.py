@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The array contract between the data pipeline and the jitted step."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows. R rows, L row length, M target slots, P pair slots; int32 unless said.
+
+    All indices are absolute within their row. An unused slot has weight 0 and index 0. Segment 0 is padding; tokens
+    see only earlier tokens of their own segment. `positions` restart at 0 in every segment.
+    """
+
+    tokens: Any
+    """[R, L] token ids; 0 at padding."""
+    positions: Any
+    """[R, L] position of each token within its segment."""
+    segments: Any
+    """[R, L] segment of each token, from 1 up in a row; 0 = padding."""
+    target_index: Any
+    """[R, M] place whose next token is predicted."""
+    targets: Any
+    """[R, M] the token to predict there."""
+    target_weight: Any
+    """[R, M] float32, 1 for a used slot."""
+    predictor_index: Any
+    """[R, P] place of the text view's last hidden state (its last predictor token; with k=0 the view's end)."""
+    code_index: Any
+    """[R, P] place of the code view's last hidden state."""
+    pair_weight: Any
+    """[R, P] float32, 1 for a used slot."""
+    num_examples: Any
+    """[R] examples whose conversation lies in the row."""
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
+FLOAT_FIELDS = ("target_weight", "pair_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The static sizes of a row."""
+
+    length: int
+    target_slots: int
+    pair_slots: int
+
+
+def empty_row(shape: RowShape) -> dict[str, np.ndarray]:
+    """One row of padding as writable arrays, without the R axis."""
+    sizes = {"target": (shape.target_slots,), "pair": (shape.pair_slots,), "token": (shape.length,)}
+    of = {
+        "tokens": "token", "positions": "token", "segments": "token",
+        "target_index": "target", "targets": "target", "target_weight": "target",
+        "predictor_index": "pair", "code_index": "pair", "pair_weight": "pair",
+    }  # fmt: skip
+    row = {name: np.zeros(sizes[kind], np.float32 if name in FLOAT_FIELDS else np.int32) for name, kind in of.items()}
+    return row | {"num_examples": np.zeros((), np.int32)}
+
+
+def abstract_batch(num_rows: int, shape: RowShape) -> Batch:
+    """The batch as `jax.ShapeDtypeStruct`s: what ahead-of-time compilation and sharding need."""
+    row = empty_row(shape)
+    return Batch(**{name: jax.ShapeDtypeStruct((num_rows, *row[name].shape), row[name].dtype) for name in FIELDS})
+
+
+def check_batch(batch: Batch, num_rows: int, shape: RowShape) -> None:
+    """Holds the batch to the contract's shapes and types.
+
+    Raises:
+        AssertionError: a field has another shape or type.
+    """
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch), abstract_batch(num_rows, shape)
+    )

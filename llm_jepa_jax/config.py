@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one schema: every configuration key once, with its default, unit and meaning.
+
+At the command line a configuration is an `ml_collections.ConfigDict` (`base_config()` changed by a preset and by
+`--config.a.b=value` overrides). Below it is the frozen `Config` that `freeze()` makes. Cross-field checks live in
+`resolve.py`. `python -m llm_jepa_jax.config` prints `docs/config.md`.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from llm_jepa_jax.errors import UserError
+
+NUM_RESERVED_PREDICTORS = 10
+"""Predictor-token ids that every tokenizer reserves: the largest `objective.jepa.num_predictors`."""
+
+
+def key(default: Any, meaning: str, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """Declares one configuration key. `choices` lists the only strings allowed."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "unit": unit, "choices": choices})
+
+
+def section(cls: type, meaning: str) -> Any:
+    """Declares a nested section."""
+    return dataclasses.field(default_factory=cls, metadata={"meaning": meaning, "section": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    tokenizer: str = key("", "SentencePiece `.model` file; empty: one is trained on the training split")
+    vocab_size: int = key(1024, "size of a tokenizer trained here, reserved ids included", "pieces")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    train: str = key("synthetic", "`synthetic` (the embedded corpus) or JSONL files `a.jsonl,b.jsonl*0.5`; `*w`: copies of each record an epoch")
+    eval: str = key("", "as `data.train`; empty: the corpus's own test split, or `data.eval_share` held out of the training files")
+    eval_share: float = key(0.05, "share of the training records held out when `data.eval` is empty and `data.train` is files")
+    synthetic_train: int = key(10000, "size of the embedded corpus's training split", "records")
+    synthetic_eval: int = key(1000, "size of the embedded corpus's test split", "records")
+    layout: str = key("separate", "how views lie in rows: `separate` packs, `padded` puts one example in a row", choices=("separate", "padded"))
+    row_length: int = key(512, "length of a packed row", "tokens")
+    rows_per_step: int = key(32, "rows of one optimizer step, over all devices and micro-batches", "rows")
+    shuffle: bool = key(True, "draw a new order every epoch from (`seed`, epoch)")
+    max_dropped_share: float = key(0.01, "share of records that may be dropped for not fitting `data.row_length` before the run refuses to start")
+    target_slots: int = key(0, "next-token target slots a row; 0: sized from the data", "slots")
+    pair_slots: int = key(0, "JEPA pair slots a row; 0: sized from the data", "slots")
+    workers: int = key(0, "Grain worker processes; 0: rows are built in the training process", "processes")
+    cache_dir: str = key("~/.cache/llm_jepa_jax", "where trained tokenizers and tokenised files are cached by content hash")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    factor: float = key(1.0, "Llama 3.1 frequency scaling; 1: off")
+    low_freq_factor: float = key(1.0, "wavelengths above original_max_positions / this are divided by `factor`")
+    high_freq_factor: float = key(4.0, "wavelengths below original_max_positions / this are kept")
+    original_max_positions: int = key(8192, "context length before scaling", "tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = key(0, "rows of the embedding; 0: the tokenizer's size", "tokens")
+    embed_dim: int = key(192, "width of the residual stream")
+    num_layers: int = key(6, "decoder blocks")
+    num_heads: int = key(6, "query heads")
+    num_kv_heads: int = key(3, "key and value heads; divides `model.num_heads`")
+    head_dim: int = key(32, "width of a head; even")
+    mlp_dim: int = key(512, "hidden width of the SwiGLU block")
+    max_positions: int = key(8192, "longest segment the model accepts", "tokens")
+    rope_theta: float = key(500000.0, "base of the rotary frequencies")
+    rope_scaling: RopeScalingConfig = section(RopeScalingConfig, "Llama 3.1 rotary scaling")
+    norm_eps: float = key(1e-5, "epsilon of RMSNorm")
+    tie_embeddings: bool = key(True, "the head is the transposed embedding")
+    init_std: float = key(0.02, "standard deviation of the initial weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class NtpConfig:
+    weight: float = key(1.0, "γ: weight of the next-token loss; 0: off")
+    targets: str = key("assistant", "`assistant`: tokens of assistant turns with their end token; `all`: every token of the conversation", choices=("assistant", "all"))
+
+
+@dataclasses.dataclass(frozen=True)
+class JepaConfig:
+    weight: float = key(1.0, "λ: weight of the JEPA loss; 0: off, and no view enters a row")
+    num_predictors: int = key(1, f"k: predictor tokens appended to the text view, 0 to {NUM_RESERVED_PREDICTORS}", "tokens")
+    view_end: str = key("content", "where a view ends: its last `content` token, or the end-of-`turn` token after it", choices=("content", "turn"))
+    dropout: float = key(0.0, "α: share of examples that go without their JEPA pair, drawn from (seed, epoch, example)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    ntp: NtpConfig = section(NtpConfig, "next-token prediction")
+    jepa: JepaConfig = section(JepaConfig, "joint-embedding prediction between the two views")
+    head_chunk: int = key(256, "target slots of a row whose logits exist at one time", "slots")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = key(-1, "data-parallel axis; -1 fills with the devices left", "devices")
+    fsdp: int = key(1, "axis over which parameters and optimizer state are sharded, and the batch too", "devices")
+    tensor: int = key(1, "axis over which heads, mlp and vocabulary are sharded", "devices")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptConfig:
+    learning_rate: float = key(2e-3, "peak learning rate of AdamW")
+    schedule: str = key("cosine", "shape after the warm-up", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = key(50, "linear warm-up to the peak", "steps")
+    final_scale: float = key(0.0, "learning rate at the last step as a share of the peak (cosine, linear)")
+    weight_decay: float = key(0.1, "decoupled weight decay; never on norms")
+    clip_norm: float = key(1.0, "clip the gradient to this global norm; 0: off")
+    beta1: float = key(0.9, "decay of the first moment")
+    beta2: float = key(0.95, "decay of the second moment")
+    eps: float = key(1e-8, "epsilon of AdamW")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int = key(0, "optimizer steps; 0: from `train.num_epochs`", "steps")
+    num_epochs: int = key(4, "passes over the training records; 0: from `train.num_steps`", "epochs")
+    micro_batches: int = key(1, "parts a step's rows are cut into; gradients are added by weight")
+    remat: str = key("none", "what the backward pass recomputes: `none`, `dots` (keeps matmul outputs), `full` (keeps block inputs)", choices=("none", "dots", "full"))
+    dtype: str = key("float32", "compute type", choices=("float32", "bfloat16"))
+    param_dtype: str = key("float32", "type of parameters and optimizer state", choices=("float32", "bfloat16"))
+    max_skipped: int = key(10, "non-finite updates in a row after which the run stops", "steps")
+    profile_start: int = key(0, "first step of a profiler trace into `profile/`; 0: off", "step")
+    profile_steps: int = key(3, "length of the profiler trace", "steps")
+    compile_cache: str = key("~/.cache/llm_jepa_jax/xla", "directory of XLA's persistent compile cache; empty: off")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = key(200, "save period; the last step is always saved; 0: only the last", "steps")
+    keep_last: int = key(2, "newest checkpoints kept")
+    keep_best: int = key(1, "checkpoints kept by best exact match, beside the newest")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every_steps: int = key(0, "evaluate during training with this period, then save; 0: only at the end", "steps")
+    num_examples: int = key(256, "examples of an evaluation during training", "records")
+    final_examples: int = key(0, "examples of the evaluation at the end and of `--mode=eval`; 0: all", "records")
+    tasks: str = key("exact_match", "what is scored", choices=("exact_match",))
+    max_new_tokens: int = key(128, "longest answer generated", "tokens")
+    batch_size: int = key(256, "prompts generated together", "prompts")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every_steps: int = key(10, "period of a metrics line", "steps")
+    tensorboard: bool = key(True, "write `tensorboard/` beside `metrics.jsonl`")
+    report: bool = key(True, "write `report.html` and `plots/` at the end")
+    report_pairs: int = key(500, "pairs of views that the report's singular values and t-SNE use", "pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = key(0, "seed of initial weights, epoch order and loss dropout")
+    text: TextConfig = section(TextConfig, "tokenizer")
+    data: DataConfig = section(DataConfig, "records, rows and batches")
+    model: ModelConfig = section(ModelConfig, "decoder (standard names)")
+    objective: ObjectiveConfig = section(ObjectiveConfig, "losses")
+    mesh: MeshConfig = section(MeshConfig, "devices")
+    opt: OptConfig = section(OptConfig, "optimizer")
+    train: TrainConfig = section(TrainConfig, "length and mechanics of training")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
+    eval: EvalConfig = section(EvalConfig, "generation and scoring")
+    log: LogConfig = section(LogConfig, "metrics and report")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested plain dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """All keys with their defaults: what presets start from."""
+    return ml_collections.ConfigDict(to_dict(Config()))
+
+
+def freeze(values: Any) -> Config:
+    """Nested mapping (a `ConfigDict` or parsed JSON) to the frozen `Config`.
+
+    Keys left out take their defaults.
+
+    Raises:
+        UserError: unknown key, wrong type, or a string that is not among the key's choices.
+    """
+    plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
+    return _freeze(Config, plain, "")
+
+
+def _freeze(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise UserError(f"config: unknown key `{prefix}{name}`; keys here are {', '.join(sorted(fields))}")
+    changes = {}
+    for name, value in values.items():
+        field, path = fields[name], prefix + name
+        if field.metadata.get("section"):
+            if not isinstance(value, dict):
+                raise UserError(f"config: `{path}` is a section, not {value!r}; set the keys below it")
+            changes[name] = _freeze(field.default_factory, value, path + ".")  # type: ignore[arg-type]
+        else:
+            changes[name] = _checked(field, path, value)
+    return cls(**changes)
+
+
+def _checked(field: dataclasses.Field, path: str, value: Any) -> Any:
+    expected = type(field.default)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not expected:
+        raise UserError(f"config: `{path}`={value!r} has type {type(value).__name__}; it takes {expected.__name__}")
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"config: `{path}`={value!r}; use one of {', '.join(choices)}")
+    return value
+
+
+def save(config: Config, path: pathlib.Path) -> None:
+    """Writes the configuration as JSON, which `--config=PATH` takes back."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def load_json(path: str | pathlib.Path) -> ml_collections.ConfigDict:
+    """A saved configuration as `ConfigDict`, with defaults for keys it does not name.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds an unknown key.
+    """
+    try:
+        values = json.loads(pathlib.Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); pass a config.json of a run") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a JSON object, not {type(values).__name__}")
+    return ml_collections.ConfigDict(to_dict(freeze(values)))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries to `{"a.b": value}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def describe() -> str:
+    """The schema as Markdown: what `docs/config.md` holds."""
+    lines = [
+        "# Configuration keys",
+        "",
+        "Made from `llm_jepa_jax/config.py` by `python -m llm_jepa_jax.config > docs/config.md`; a test checks that it is fresh.",
+        "Set a key with `--config.SECTION.KEY=VALUE`. Unknown keys and contradictions stop the run with the fix.",
+    ]
+    lines += _describe(Config, "", "")
+    return "\n".join(lines) + "\n"
+
+
+def _describe(cls: type, prefix: str, meaning: str) -> list[str]:
+    plain = [f for f in dataclasses.fields(cls) if not f.metadata.get("section")]
+    lines = ["", f"## `{prefix.rstrip('.')}`: {meaning}" if prefix else "## Top level", ""]
+    lines += ["| key | default | unit | meaning |", "|---|---|---|---|"]
+    for field in plain:
+        default = json.dumps(field.default, ensure_ascii=False)
+        lines.append(f"| `{prefix}{field.name}` | `{default}` | {field.metadata['unit']} | {field.metadata['meaning']} |")
+    for field in dataclasses.fields(cls):
+        if field.metadata.get("section"):
+            lines += _describe(field.default_factory, f"{prefix}{field.name}.", field.metadata["meaning"])  # type: ignore[arg-type]
+    return lines
+
+
+if __name__ == "__main__":
+    print(describe(), end="")

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed rows in colour: what is a target, which view a token belongs to, and where pairs end."""
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from llm_jepa_jax.data.pipeline import TrainData
+from llm_jepa_jax.text.tokenizer import Tokenizer
+
+STYLES = {
+    "conversation": "default",
+    "text view": "cyan",
+    "code view": "green",
+    "predictor": "bold white on magenta",
+    "padding": "bright_black",
+}
+TARGET = "bold yellow"
+PAIR_END = "reverse"
+
+
+def show_rows(data: TrainData, tokenizer: Tokenizer, num_rows: int, console: Console) -> None:
+    """Prints the legend, `num_rows` rows of the first epoch, and the packing fill."""
+    legend = Text("legend: ")
+    for name, style in STYLES.items():
+        legend.append(name, style).append("  ")
+    legend.append("target", TARGET).append("  ").append("pair end", PAIR_END)
+    console.print(legend)
+    rows = data.rows()
+    for number in range(min(num_rows, len(rows))):
+        _show_row(rows[number], number, tokenizer, console)
+    s = data.summary()
+    console.print(
+        f"packing: {s['examples']} examples in {s['rows_per_epoch']} rows an epoch, fill {s['fill']:.1%}, "
+        f"{s['examples_per_row']:.1f} examples a row, {s['dropped']} records dropped"
+    )
+
+
+def _show_row(row: dict[str, np.ndarray], number: int, tokenizer: Tokenizer, console: Console) -> None:
+    used = int((row["segments"] > 0).sum())
+    console.rule(f"row {number}: {int(row['num_examples'])} examples, {used} of {len(row['tokens'])} tokens")
+    texts, codes, targets = _marks(row)
+    for segment in range(1, int(row["segments"].max(initial=0)) + 1):
+        places = np.flatnonzero(row["segments"] == segment)
+        view = "text view" if places[-1] in texts else "code view" if places[-1] in codes else "conversation"
+        line = Text(f"{segment:3d} {view:<12} pos {row['positions'][places[0]]}–{row['positions'][places[-1]]}  ", "dim")
+        for place in places.tolist():
+            line.append_text(_token(row, place, view, place in targets, tokenizer))
+        if view != "conversation":
+            line.append(f"  ← pair {(texts if view == 'text view' else codes)[places[-1]]}", "dim")
+        console.print(line)
+    if used < len(row["tokens"]):
+        console.print(Text(f"    padding      {len(row['tokens']) - used} tokens", STYLES["padding"]))
+
+
+def _marks(row: dict[str, np.ndarray]) -> tuple[dict[int, int], dict[int, int], set[int]]:
+    """Places of text view ends and code view ends with their pair's number, and places that are predicted."""
+    pairs = np.flatnonzero(row["pair_weight"])
+    texts = {int(row["predictor_index"][p]): int(p) for p in pairs}
+    codes = {int(row["code_index"][p]): int(p) for p in pairs}
+    predicted = row["target_index"][row["target_weight"] > 0] + 1
+    return texts, codes, set(predicted.tolist())
+
+
+def _token(row: dict[str, np.ndarray], place: int, view: str, is_target: bool, tokenizer: Tokenizer) -> Text:
+    index = int(row["tokens"][place])
+    is_end = view != "conversation" and (
+        place + 1 == len(row["tokens"]) or row["segments"][place + 1] != row["segments"][place]
+    )
+    style = STYLES["predictor"] if index in tokenizer.predictor_ids else TARGET if is_target else STYLES[view]
+    return Text(tokenizer.piece(index), f"{style} {PAIR_END}" if is_end else style).append("·", "bright_black")

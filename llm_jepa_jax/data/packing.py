@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packing plans: which examples lie together in which row. Pure functions of lengths."""
+
+import dataclasses
+
+import numpy as np
+
+from llm_jepa_jax.batch import RowShape
+
+SLOT_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Rows of examples, in the order they are trained on."""
+
+    examples: np.ndarray
+    """int64: example ids, row after row."""
+    offsets: np.ndarray
+    """int64 [rows + 1]: where each row begins in `examples`."""
+    tokens: int
+    """Tokens of all rows, padding not counted."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.examples[self.offsets[row] : self.offsets[row + 1]]
+
+
+def slot_sizes(
+    tokens_N: np.ndarray, targets_N: np.ndarray, pairs_N: np.ndarray, shape: RowShape, packed: bool
+) -> RowShape:
+    """Fills slot counts that are 0, from the expected cost of each example.
+
+    A quarter above the average load of a full row, and never too few for a single example; a row whose slots are used
+    up is closed, so a slot count costs fill, never an example.
+    """
+    if not packed:
+        needed_targets, needed_pairs = int(targets_N.max()), 1
+    else:
+        rows = tokens_N.sum() / shape.length
+        needed_targets = max(int(targets_N.max()), int(np.ceil(1.25 * targets_N.sum() / rows)))
+        needed_pairs = max(1, int(np.ceil(1.25 * pairs_N.sum() / rows)))
+
+    def size(given: int, needed: int) -> int:
+        return given or min(shape.length, -(-needed // SLOT_MULTIPLE) * SLOT_MULTIPLE)
+
+    return RowShape(shape.length, size(shape.target_slots, needed_targets), size(shape.pair_slots, needed_pairs))
+
+
+def plan_rows(
+    order_N: np.ndarray,
+    tokens_N: np.ndarray,
+    targets_N: np.ndarray,
+    pairs_N: np.ndarray,
+    shape: RowShape,
+    packed: bool = True,
+) -> Plan:
+    """Best fit in the given order: each example goes to the fullest open row that has room for it.
+
+    An example is never split. `tokens`, `targets` and `pairs` are by example id; `order` lists the ids to place, and
+    may name one more than once. Without `packed`, every example has a row of its own.
+
+    Raises:
+        ValueError: an example is larger than a row.
+    """
+    tokens = tokens_N[order_N].tolist()
+    targets = targets_N[order_N].tolist()
+    pairs = pairs_N[order_N].astype(np.int64).tolist()
+    if tokens and (max(tokens) > shape.length or max(targets) > shape.target_slots):
+        raise ValueError("an example is larger than a row")
+    if packed:
+        row_N = _best_fit(tokens, targets, pairs, shape)
+    else:
+        row_N = list(range(len(tokens)))
+    rows = np.asarray(row_N, np.int64)
+    by_row = np.argsort(rows, kind="stable")
+    counts = np.bincount(rows, minlength=int(rows.max()) + 1 if len(rows) else 0)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Plan(np.asarray(order_N, np.int64)[by_row], offsets, int(sum(tokens)))
+
+
+def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: RowShape) -> list[int]:
+    """The row of each example.
+
+    Open rows are kept by the room left in them, and an integer's bits say which rooms exist, so finding the fullest
+    row that fits is a shift and a lowest set bit: constant time in Python, whatever the number of open rows.
+    """
+    by_room: list[list[int]] = [[] for _ in range(shape.length + 1)]
+    rooms = 0
+    targets_left: list[int] = []
+    pairs_left: list[int] = []
+    placed = []
+    for size, num_targets, num_pairs in zip(tokens, targets, pairs, strict=True):
+        candidates = rooms >> size
+        room = -1
+        while candidates:
+            offset = (candidates & -candidates).bit_length() - 1
+            row = by_room[size + offset][-1]
+            if targets_left[row] >= num_targets and pairs_left[row] >= num_pairs:
+                room = size + offset
+                break
+            candidates &= candidates - 1
+        if room < 0:
+            row, room = len(targets_left), shape.length
+            targets_left.append(shape.target_slots)
+            pairs_left.append(shape.pair_slots)
+        else:
+            by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        placed.append(row)
+        targets_left[row] -= num_targets
+        pairs_left[row] -= num_pairs
+        left = room - size
+        if left and targets_left[row]:
+            by_room[left].append(row)
+            rooms |= 1 << left
+    return placed
+
+
+def shuffled(plan: Plan, rng: np.random.Generator) -> Plan:
+    """The same rows in a new order: best fit leaves its emptiest rows last."""
+    rows = rng.permutation(len(plan))
+    lengths = np.diff(plan.offsets)[rows]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    places = np.repeat(plan.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+    return Plan(plan.examples[places], offsets, plan.tokens)

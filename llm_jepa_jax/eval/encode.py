@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings of views: the hidden state at the last token of each sequence, in batches of few shapes."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llm_jepa_jax.config import ModelConfig
+from llm_jepa_jax.models.transformer import forward
+from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
+
+BATCH_SIZE = 64
+LENGTH_MULTIPLE = 32
+
+
+def pad_right(sequences: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [rows, L], padded on the right with 0 to a shared bucketed length, and each sequence's length."""
+    longest = max(len(sequence) for sequence in sequences)
+    tokens_RxL = np.zeros((rows, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE), np.int32)
+    lengths_R = np.ones(rows, np.int32)
+    for row, sequence in enumerate(sequences):
+        tokens_RxL[row, : len(sequence)] = sequence
+        lengths_R[row] = len(sequence)
+    return tokens_RxL, lengths_R
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def hidden_states(
+    params: Any, tokens_RxL: jax.Array, lengths_R: jax.Array, *, config: ModelConfig, dtype: Any
+) -> jax.Array:
+    """Hidden states [R, L, D] after the final norm of right-padded sequences."""
+    places_RxL = jnp.broadcast_to(jnp.arange(tokens_RxL.shape[1]), tokens_RxL.shape)
+    segments_RxL = (places_RxL < lengths_R[:, None]).astype(jnp.int32)
+    return forward(params, config, tokens_RxL, places_RxL, segments_RxL, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _last_states(
+    params: Any, tokens_RxL: jax.Array, lengths_R: jax.Array, *, config: ModelConfig, dtype: Any
+) -> jax.Array:
+    hidden_RxLxD = hidden_states(params, tokens_RxL, lengths_R, config=config, dtype=dtype)
+    return jnp.take_along_axis(hidden_RxLxD, lengths_R[:, None, None] - 1, axis=1)[:, 0].astype(jnp.float32)
+
+
+def encode(params: Any, config: ModelConfig, sequences: Sequence[Sequence[int]], mesh: Mesh, dtype: Any) -> np.ndarray:
+    """Hidden state at each sequence's last token, float32 [n, D], in the order given."""
+    out_NxD = np.zeros((len(sequences), config.embed_dim), np.float32)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    shards = num_row_shards(mesh)
+    rows = -(-min(BATCH_SIZE, max(1, len(sequences))) // shards) * shards
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    with jax.set_mesh(mesh):
+        for start in range(0, len(order), rows):
+            chosen = order[start : start + rows]
+            arrays = pad_right([sequences[i] for i in chosen], rows)
+            placed = [jax.make_array_from_callback(a.shape, rows_sharding(mesh), a.__getitem__) for a in arrays]
+            last = _last_states(params, *placed, config=config, dtype=dtype)
+            out_NxD[chosen] = np.asarray(jax.device_put(last, everywhere))[: len(chosen)]
+    return out_NxD

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=…]`."""
+
+import json
+import logging
+import os
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.logging import RichHandler
+
+from llm_jepa_jax.errors import UserError
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+MODES = ("train", "eval", "generate", "inspect")
+USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
+LOG = logging.getLogger("llm_jepa_jax")
+
+
+def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
+    """The flags of every mode."""
+    config_flags.DEFINE_config_file(
+        "config", None, "configs/NAME.py, configs/NAME.py:smoke, or a run's config.json", flag_values=values,
+        sys_argv=argv,
+    )  # fmt: skip
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    flags.DEFINE_string("workdir", None, "directory of the run (train: default runs/NAME)", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "generate: a prompt; without any, lines of stdin", flag_values=values)
+    flags.DEFINE_integer("rows", 3, "inspect: how many rows to show", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("debug", False, "show the stack trace of an error", flag_values=values)
+
+
+def _config_argument(argv: list[str]) -> str | None:
+    """The value of `--config`, whichever way it is spelled."""
+    for position, argument in enumerate(argv):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            return value if equals else (argv[position + 1] if position + 1 < len(argv) else None)
+    return None
+
+
+def _with_config_file(argv: list[str]) -> list[str]:
+    """The arguments with `--config` as a Python file: JSON goes through `from_json.py`, a missing preset is refused.
+
+    Without `--config`, a run's own `config.json` is taken where `--workdir` holds one and the mode is not train;
+    `configs/tiny.py` otherwise.
+    """
+    given = _config_argument(argv)
+    if given is None:
+        workdir = next((a.partition("=")[2] for a in argv if a.lstrip("-").startswith("workdir=")), "")
+        saved = pathlib.Path(workdir) / "config.json"
+        training = not any(a.lstrip("-").startswith("mode=") and not a.endswith("=train") for a in argv)
+        given = str(saved) if workdir and not training else str(REPOSITORY / "configs" / "tiny.py")
+        argv = [argv[0], f"--config={given}", *argv[1:]]
+    path = given.partition(":")[0]
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config={given}: no such file; pass a preset such as configs/tiny.py or a run's config.json")
+    if not path.endswith(".json"):
+        return argv
+    loader = pathlib.Path(__file__).with_name("from_json.py")
+    replaced = []
+    for argument in argv:
+        replaced.append(f"--config={loader}:{given}" if argument.lstrip("-") == f"config={given}" else argument)
+    return [str(loader) + ":" + given if argument == given else argument for argument in replaced]
+
+
+def parse(argv: list[str]) -> flags.FlagValues:
+    """Parses the arguments (program name first).
+
+    Raises:
+        UserError: an unknown flag, mode or configuration key, or a value of the wrong type.
+    """
+    argv = _with_config_file(argv)
+    values = flags.FlagValues()
+    define_flags(values, argv)
+    try:
+        rest = values(argv)
+    except (flags.Error, AttributeError, TypeError, ValueError, KeyError) as error:
+        words = " ".join(str(error).replace("\n", " ").split())
+        raise UserError(f"command line: {words}; usage: {USAGE}") from error
+    if len(rest) > 1:
+        raise UserError(f"command line: unexpected {rest[1]!r}; usage: {USAGE}")
+    if values.workdir is None:
+        name = pathlib.Path((_config_argument(argv) or "").partition(":")[0]).stem
+        values.workdir = str(pathlib.Path("runs") / name)
+    return values
+
+
+def run(argv: list[str]) -> dict[str, object]:
+    """Does what the arguments say and returns the result that `main` prints as its last line."""
+    values = parse(argv)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's worker processes read an absl flag
+    from llm_jepa_jax import modes  # JAX starts here, after wrong flags have been refused
+
+    workdir = pathlib.Path(values.workdir)
+    if values.mode == "train":
+        return modes.train(values.config, workdir)
+    if values.mode == "eval":
+        return modes.evaluate(values.config, workdir)
+    if values.mode == "generate":
+        return modes.generate(values.config, workdir, values.prompt or [line.rstrip("\n") for line in sys.stdin])
+    return modes.inspect(values.config, workdir, values.rows)
+
+
+def main() -> None:
+    """Runs; wrong input prints one line and exits with code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()])
+    LOG.setLevel(logging.INFO)
+    try:
+        result = run(sys.argv)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(result), flush=True)
+
+
+def _handler() -> logging.Handler:
+    if sys.stderr.isatty():
+        return RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    return logging.StreamHandler()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    main()

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linen modules of the Llama decoder: they declare parameters and call pure functions."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jepa_jax.config import ModelConfig
+from llm_jepa_jax.models.attention import attend, attend_masked
+from llm_jepa_jax.models.ops import apply_rotary, rms_norm, swiglu
+from llm_jepa_jax.parallel.sharding import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of N layers, B prompts, S slots; every prompt writes the same slot."""
+
+    key_NxBxSxKxh: Any
+    value_NxBxSxKxh: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Where a decode step writes and what it may read."""
+
+    slot: Any
+    """int32 scalar: the cache slot of the new token."""
+    allowed_BxS: Any
+    """bool: the slots each prompt may attend to, the new one included."""
+
+
+class LlamaModule(nn.Module):
+    """A module that knows the configuration and how to declare a parameter."""
+
+    config: ModelConfig
+    param_dtype: Any
+
+    def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], depth_scaled: bool = False) -> jax.Array:
+        """A normal weight; `depth_scaled` divides its deviation by sqrt(2 N), for what adds to the residual stream."""
+        deviation = self.config.init_std * ((2 * self.config.num_layers) ** -0.5 if depth_scaled else 1.0)
+        init = nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
+        return self.param(name, init, shape, self.param_dtype)
+
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param(name, init, (self.config.embed_dim,), self.param_dtype)
+        return rms_norm(x, scale, self.config.norm_eps)
+
+
+class Block(LlamaModule):
+    """One decoder block: pre-norm attention and SwiGLU. In a scan its carry is (hidden, cache, layer)."""
+
+    keep_kv: bool = False
+    """Return this block's keys and values (prefill)."""
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[Any, Any, Any], tables: Any, segments_RxL: Any, decoding: Decoding | None
+    ) -> tuple[tuple[Any, Any, Any], Any]:
+        hidden_RxLxD, cache, layer = carry
+        with jax.named_scope("attention"):
+            mixed, cache, kept = self._attention(hidden_RxLxD, cache, layer, tables, segments_RxL, decoding)
+            hidden_RxLxD = constrain(hidden_RxLxD + mixed, "rows", "length", "embed")
+        with jax.named_scope("mlp"):
+            hidden_RxLxD = constrain(hidden_RxLxD + self._mlp(hidden_RxLxD), "rows", "length", "embed")
+        return (hidden_RxLxD, cache, layer + 1), kept
+
+    def _attention(
+        self, hidden_RxLxD: Any, cache: Any, layer: Any, tables: Any, segments_RxL: Any, decoding: Decoding | None
+    ) -> tuple[Any, Any, Any]:
+        config, dtype = self.config, hidden_RxLxD.dtype
+        embed, heads, kv_heads, width = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        normed = self.norm("attention_norm", hidden_RxLxD)
+        with jax.named_scope("qkv"):
+            query = self.weight("query", (embed, heads, width), ("embed", "heads", "head_dim"))
+            key = self.weight("key", (embed, kv_heads, width), ("embed", "kv_heads", "head_dim"))
+            value = self.weight("value", (embed, kv_heads, width), ("embed", "kv_heads", "head_dim"))
+            query_RxLxHxh = jnp.einsum("rld,dnh->rlnh", normed, query.astype(dtype))
+            key_RxLxKxh = jnp.einsum("rld,dnh->rlnh", normed, key.astype(dtype))
+            value_RxLxKxh = jnp.einsum("rld,dnh->rlnh", normed, value.astype(dtype))
+            query_RxLxHxh = constrain(query_RxLxHxh, "rows", "length", "heads", "head_dim")
+        with jax.named_scope("rope"):
+            query_RxLxHxh, key_RxLxKxh = apply_rotary(query_RxLxHxh, tables), apply_rotary(key_RxLxKxh, tables)
+        if decoding is None:
+            mixed_RxLxHxh = attend(query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, segments_RxL)
+        else:
+            cache = _write(cache, layer, decoding.slot, key_RxLxKxh, value_RxLxKxh)
+            keys, values = cache.key_NxBxSxKxh[layer], cache.value_NxBxSxKxh[layer]
+            mixed_RxLxHxh = attend_masked(query_RxLxHxh, keys, values, decoding.allowed_BxS[:, None, :])
+        with jax.named_scope("out"):
+            out = self.weight("out", (heads, width, embed), ("heads", "head_dim", "embed"), depth_scaled=True)
+            mixed_RxLxD = jnp.einsum("rlnh,nhd->rld", mixed_RxLxHxh, out.astype(dtype))
+        return mixed_RxLxD, cache, (key_RxLxKxh, value_RxLxKxh) if self.keep_kv else None
+
+    def _mlp(self, hidden_RxLxD: Any) -> Any:
+        config, dtype = self.config, hidden_RxLxD.dtype
+        normed = self.norm("mlp_norm", hidden_RxLxD)
+        gate = self.weight("gate", (config.embed_dim, config.mlp_dim), ("embed", "mlp"))
+        up = self.weight("up", (config.embed_dim, config.mlp_dim), ("embed", "mlp"))
+        down = self.weight("down", (config.mlp_dim, config.embed_dim), ("mlp", "embed"), depth_scaled=True)
+        inner = swiglu(
+            jnp.einsum("rld,df->rlf", normed, gate.astype(dtype)), jnp.einsum("rld,df->rlf", normed, up.astype(dtype))
+        )
+        return jnp.einsum("rlf,fd->rld", constrain(inner, "rows", "length", "mlp"), down.astype(dtype))
+
+
+def _write(cache: Cache, layer: Any, slot: Any, key_Bx1xKxh: Any, value_Bx1xKxh: Any) -> Cache:
+    """Puts one token's keys and values of one layer at `slot`; in place inside a jitted loop."""
+    start = (layer, 0, slot, 0, 0)
+    return Cache(
+        jax.lax.dynamic_update_slice(cache.key_NxBxSxKxh, key_Bx1xKxh[None], start),
+        jax.lax.dynamic_update_slice(cache.value_NxBxSxKxh, value_Bx1xKxh[None], start),
+    )

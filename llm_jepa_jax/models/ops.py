@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of a decoder as pure functions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jepa_jax.config import ModelConfig
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich, 2019); float32 inside, the type of `x` outside."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (normed * scale_D.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """float32 [h / 2] radians a position, with Llama 3.1's scaling (The Llama 3 Herd, section 3.2) where it is on.
+
+    Long wavelengths are divided by `factor`, short ones are kept, and those between are blended linearly in frequency.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling.factor != 1.0:
+        turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        frequencies = frequencies * (kept + (1.0 - kept) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rotary_tables(config: ModelConfig, positions_RxL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of each position's angles, float32 [R, L, h / 2]."""
+    angles = positions_RxL[..., None].astype(jnp.float32) * rotary_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(x_RxLxHxh: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (i, i + h/2) of each head: the half-split convention of published Llama checkpoints."""
+    cos, sin = (table[:, :, None, :] for table in tables)
+    first, second = jnp.split(x_RxLxHxh.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_RxLxHxh.dtype)
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """SiLU(gate) * up (Shazeer, 2020)."""
+    return jax.nn.silu(gate) * up

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder as pure functions over a plain parameter dictionary. It returns hidden states; objectives own the head.
+
+Parameters: `embedding [V, D]`, `layers/{attention_norm [N, D], query [N, D, H, h], key, value [N, D, K, h],
+out [N, H, h, D], mlp_norm [N, D], gate, up [N, D, F], down [N, F, D]}`, `final_norm [D]`, and `head [D, V]` unless
+embeddings are tied.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jepa_jax.config import ModelConfig
+from llm_jepa_jax.models.layers import Block, Cache, Decoding, LlamaModule
+from llm_jepa_jax.models.ops import rotary_tables
+from llm_jepa_jax.parallel.sharding import constrain
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Decoder(LlamaModule):
+    """Embedding, N scanned blocks, final norm."""
+
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    keep_kv: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_RxL: jax.Array,
+        positions_RxL: jax.Array,
+        segments_RxL: jax.Array | None,
+        cache: Cache | None = None,
+        decoding: Decoding | None = None,
+    ) -> tuple[jax.Array, Any]:
+        config = self.config
+        embedding_VxD = self.weight("embedding", (config.vocab_size, config.embed_dim), ("vocab", "embed"))
+        if not config.tie_embeddings:
+            self.weight("head", (config.embed_dim, config.vocab_size), ("embed", "vocab"))
+        hidden_RxLxD = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "length", "embed")
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)  # a scan needs no barrier
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            length=config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, self.param_dtype, keep_kv=self.keep_kv, name="layers")
+        tables = rotary_tables(config, positions_RxL)
+        start = (hidden_RxLxD, cache, jnp.zeros((), jnp.int32))
+        (hidden_RxLxD, cache, _), kept = layers(start, tables, segments_RxL, decoding)
+        return self.norm("final_norm", hidden_RxLxD), kept if self.keep_kv else cache
+
+
+def _boxed(config: ModelConfig, param_dtype: Any) -> Any:
+    """Shapes with their logical axes, from one abstract init."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    decoder = Decoder(config, param_dtype)
+    return jax.eval_shape(lambda key: decoder.init(key, tokens, tokens, tokens), jax.random.key(0))["params"]
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nn.LogicallyPartitioned)
+
+
+def abstract_params(config: ModelConfig, param_dtype: Any) -> tuple[Any, Any]:
+    """Two trees of one structure: `jax.ShapeDtypeStruct`s, and the logical axes of each parameter."""
+    boxed = _boxed(config, param_dtype)
+    shapes = jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box)
+    axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=_is_box)
+    return shapes, axes
+
+
+def init_params(key: jax.Array, config: ModelConfig, param_dtype: Any) -> Any:
+    """Random parameters as a plain nested dictionary."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    boxed = Decoder(config, param_dtype).init(key, tokens, tokens, tokens)["params"]
+    return jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box)
+
+
+def forward(
+    params: Any,
+    config: ModelConfig,
+    tokens_RxL: jax.Array,
+    positions_RxL: jax.Array,
+    segments_RxL: jax.Array,
+    *,
+    dtype: Any,
+    remat: str = "none",
+) -> jax.Array:
+    """Hidden states after the final norm, [R, L, D] in the compute type.
+
+    A token sees itself and earlier tokens of its own segment. States at padding (segment 0) mean nothing.
+    """
+    decoder = Decoder(config, jnp.float32, dtype=dtype, remat=remat)
+    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, segments_RxL)[0]
+
+
+def head_kernel(params: Any, config: ModelConfig) -> jax.Array:
+    """The head [D, V], in the parameter type; the transposed embedding where they are tied."""
+    return params["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def prefill(
+    params: Any, config: ModelConfig, tokens_BxS: jax.Array, first_slot_B: jax.Array, num_slots: int, *, dtype: Any
+) -> tuple[jax.Array, Cache]:
+    """Encodes left-padded prompts: hidden state of each last token [B, D], and a cache of `num_slots` slots.
+
+    `first_slot_B` is where each prompt begins; what lies before is padding.
+    """
+    slots_S = jnp.arange(tokens_BxS.shape[1])
+    positions_BxS = jnp.maximum(slots_S - first_slot_B[:, None], 0)
+    segments_BxS = (slots_S >= first_slot_B[:, None]).astype(jnp.int32)
+    decoder = Decoder(config, jnp.float32, dtype=dtype, keep_kv=True)
+    hidden_BxSxD, kept = decoder.apply({"params": params}, tokens_BxS, positions_BxS, segments_BxS)
+    room = ((0, 0), (0, 0), (0, num_slots - tokens_BxS.shape[1]), (0, 0), (0, 0))
+    return hidden_BxSxD[:, -1], Cache(*(jnp.pad(array, room) for array in kept))
+
+
+def decode_step(
+    params: Any,
+    config: ModelConfig,
+    token_B: jax.Array,
+    slot: jax.Array,
+    first_slot_B: jax.Array,
+    cache: Cache,
+    *,
+    dtype: Any,
+) -> tuple[jax.Array, Cache]:
+    """Hidden state [B, D] of one new token a prompt, written at `slot` of the cache."""
+    slots_S = jnp.arange(cache.key_NxBxSxKxh.shape[2])
+    allowed_BxS = (slots_S <= slot) & (slots_S >= first_slot_B[:, None])
+    positions_Bx1 = (slot - first_slot_B)[:, None]
+    decoder = Decoder(config, jnp.float32, dtype=dtype)
+    hidden_Bx1xD, cache = decoder.apply(
+        {"params": params}, token_B[:, None], positions_Bx1, None, cache, Decoding(slot, allowed_BxS)
+    )
+    return hidden_Bx1xD[:, 0], cache
+
+
+def count_params(params: Any) -> int:
+    """Number of parameters in a tree of arrays or shapes."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
+
+
+def model_flops(config: ModelConfig, tokens: float, targets: float, length: int) -> float:
+    """FLOPs that training on `tokens` tokens needs (forward and backward, no recomputation).
+
+    6 for every weight a token meets, causal attention over `length`, and the head at target slots only.
+    """
+    attention = config.embed_dim * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    weights = config.num_layers * (attention + 3 * config.embed_dim * config.mlp_dim)
+    scores = config.num_layers * config.num_heads * config.head_dim * length
+    return tokens * 6 * (weights + scores) + targets * 6 * config.embed_dim * config.vocab_size

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modes of the command line: each returns the JSON object that is its last line of output."""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from llm_jepa_jax import config as configuration
+from llm_jepa_jax.analysis.report import write_report
+from llm_jepa_jax.config import Config, flatten, freeze, to_dict
+from llm_jepa_jax.data.inspect import show_rows
+from llm_jepa_jax.data.pipeline import TrainData, make_train_data
+from llm_jepa_jax.data.sources import Source, Splits, open_splits
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.eval.encode import encode
+from llm_jepa_jax.eval.evaluate import evaluate as run_task
+from llm_jepa_jax.eval.generate import Generator
+from llm_jepa_jax.eval.tasks import TASKS
+from llm_jepa_jax.parallel.mesh import make_mesh
+from llm_jepa_jax.resolve import resolve, with_vocabulary
+from llm_jepa_jax.run_directory import open_run
+from llm_jepa_jax.text.chat import Message, render_prompt, render_view
+from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
+from llm_jepa_jax.train.loop import Evaluate
+from llm_jepa_jax.train.loop import train as run_training
+from llm_jepa_jax.train.phases import Phases
+from llm_jepa_jax.train.progress import Bar
+from llm_jepa_jax.train.state import state_factory
+
+LOG = logging.getLogger("llm_jepa_jax")
+
+RESUMABLE = ("train", "eval", "log", "checkpoint", "mesh", "data.workers", "data.cache_dir", "data.max_dropped_share")
+"""Keys and sections that a resumed run may change; everything else is what the run is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every mode that reads data has: the resolved configuration, mesh, tokenizer and records."""
+
+    config: Config
+    mesh: Mesh
+    tokenizer: Tokenizer
+    splits: Splits
+
+
+def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
+    config = freeze(values)
+    if config.train.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.train.compile_cache).expanduser()))
+    mesh = make_mesh(config.mesh)
+    config = resolve(config, mesh.devices.shape)
+    splits = open_splits(config.data, config.seed)
+    tokenizer = _tokenizer(config, workdir, splits.train)
+    config = with_vocabulary(config, tokenizer.vocab_size, mesh.shape["tensor"])
+    return Job(config, mesh, tokenizer, splits)
+
+
+def _tokenizer(config: Config, workdir: pathlib.Path, source: Source) -> Tokenizer:
+    """The run's own tokenizer, else the one named, else one trained on the training split."""
+    if (workdir / "tokenizer.model").exists():
+        return load_tokenizer(workdir / "tokenizer.model")
+    if config.text.tokenizer:
+        return load_tokenizer(config.text.tokenizer)
+    cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
+    texts = lambda: (message.content for i in range(len(source)) for message in source[i].messages)  # noqa: E731
+    return cached_tokenizer(texts, source.content_hash, config.text.vocab_size, cache_dir)
+
+
+def _claim(workdir: pathlib.Path, job: Job) -> None:
+    """Makes the run directory, or checks that the run in it is this one.
+
+    Raises:
+        UserError: it cannot be written, or it holds a run of another configuration.
+    """
+    saved = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if saved.exists():
+            before = flatten(configuration.load_json(saved).to_dict())
+            for key, value in flatten(to_dict(job.config)).items():
+                fixed = not any(key == name or key.startswith(name + ".") for name in RESUMABLE)
+                if fixed and before[key] != value:
+                    raise UserError(
+                        f"{workdir}: holds a run with `{key}`={before[key]!r}, not {value!r}; "
+                        f"set --config.{key}={before[key]} to go on with it, or take another --workdir"
+                    )
+        if jax.process_index() == 0:
+            configuration.save(job.config, saved)
+            job.tokenizer.save(workdir / "tokenizer.model")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there: {error.strerror}; name another directory") from error
+
+
+def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains, evaluates, and writes the report."""
+    job = _prepare(values, workdir)
+    _claim(workdir, job)
+    config = job.config
+    phases = Phases(workdir if jax.process_index() == 0 else None)
+    LOG.info("run %s on %d × %s, mesh %s", workdir, job.mesh.size, job.mesh.devices.flat[0].device_kind, dict(job.mesh.shape))
+    with phases.phase("prepare data"):
+        data = make_train_data(config, job.tokenizer, job.splits.train, job.splits.weights)
+    _log_data(data)
+    factory = state_factory(config, job.mesh, data.num_steps)
+    evaluator = _evaluator(job, workdir, phases, data.num_steps)
+    result = run_training(factory, data, workdir, phases, evaluator)
+    if not result.stopped_early and config.log.report:
+        with phases.phase("report"):
+            pairs = _embed_pairs(job, result.state.params)
+            del result.state
+            initial = _embed_pairs(job, factory.create().params)
+            if jax.process_index() == 0:
+                np.savez(
+                    workdir / "analysis.npz",
+                    text_PxD=pairs[0], code_PxD=pairs[1], text_init_PxD=initial[0], code_init_PxD=initial[1],
+                )  # fmt: skip
+                write_report(workdir)
+        LOG.info("report: %s", workdir / "report.html")
+    names = ("ntp_loss", "jepa_loss", "cos_pair", "cos_shuffled", "exact_match", "tokens_per_s", "examples_per_s")
+    metrics = {name: result.metrics[name] for name in names if name in result.metrics}
+    report = {"report": str(workdir / "report.html")} if (workdir / "report.html").exists() else {}
+    return {"step": result.step} | metrics | {"workdir": str(workdir)} | report
+
+
+def _log_data(data: TrainData) -> None:
+    s = data.summary()
+    LOG.info(
+        "data: %d examples in %d rows an epoch, fill %.1f%%, %.1f + %.1f tokens an example (conversation + views), "
+        "%d target and %d pair slots a row, %d steps",
+        s["examples"], s["rows_per_epoch"], 100 * s["fill"], s["conversation_tokens"], s["view_tokens"],
+        s["target_slots"], s["pair_slots"], s["num_steps"],
+    )  # fmt: skip
+
+
+def _evaluator(job: Job, workdir: pathlib.Path, phases: Phases, last_step: int) -> Evaluate:
+    """Scores parameters at a step; the last step's evaluation is the full one."""
+    config = job.config
+    task = TASKS[config.eval.tasks]
+    generator = Generator(
+        config.model, job.tokenizer, job.mesh, config.eval.max_new_tokens, config.eval.batch_size,
+        jnp.dtype(config.train.dtype),
+    )  # fmt: skip
+
+    def score(params: Any, step: int) -> dict[str, float]:
+        wanted = config.eval.final_examples if step == last_step else config.eval.num_examples
+        count = min(wanted or len(job.splits.eval), len(job.splits.eval))
+        path = workdir / "eval" / f"{task.name}-{step}.jsonl"
+        with phases.phase("evaluate"), Bar("evaluate", count, visible=jax.process_index() == 0) as bar:
+            scores = run_task(task, generator, params, job.splits.eval, count, path, bar.update)
+        LOG.info("step %d: %s %.1f%% of %d", step, task.name, 100 * scores[task.name], count)
+        return scores
+
+    return score
+
+
+def _embed_pairs(job: Job, params: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of both views of held-out records, each [P, D]."""
+    config, tokenizer, source = job.config, job.tokenizer, job.splits.eval
+    jepa = config.objective.jepa
+    count = min(config.log.report_pairs, len(source))
+    records = [source[int(i)] for i in np.linspace(0, len(source) - 1, count).round().astype(int)]
+    predictors = list(tokenizer.predictor_ids[: jepa.num_predictors])
+    texts = [render_view(tokenizer, "user", record.text, jepa.view_end) + predictors for record in records]
+    codes = [render_view(tokenizer, "assistant", record.code, jepa.view_end) for record in records]
+    dtype = jnp.dtype(config.train.dtype)
+    text_PxD, code_PxD = (encode(params, config.model, views, job.mesh, dtype) for views in (texts, codes))
+    return text_PxD, code_PxD
+
+
+def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Scores the newest checkpoint of a run on its evaluation split."""
+    run = open_run(workdir, freeze(values))
+    job = Job(run.config, run.mesh, run.tokenizer, open_splits(run.config.data, run.config.seed))
+    score = _evaluator(job, workdir, Phases(None), run.step)
+    return {"step": run.step} | score(run.params, run.step) | {"workdir": str(workdir)}
+
+
+def generate(values: ml_collections.ConfigDict, workdir: pathlib.Path, prompts: Sequence[str]) -> dict[str, Any]:
+    """Answers prompts with the newest checkpoint of a run; each answer is also printed as it is."""
+    run = open_run(workdir, freeze(values))
+    if not prompts:
+        raise UserError("--mode=generate: no prompt; pass --prompt='…' or lines on stdin")
+    config = run.config
+    generator = Generator(
+        config.model, run.tokenizer, run.mesh, config.eval.max_new_tokens, config.eval.batch_size,
+        jnp.dtype(config.train.dtype),
+    )  # fmt: skip
+    system = [Message("system", run.system)] if run.system else []
+    ids = [render_prompt(run.tokenizer, [*system, Message("user", prompt)]) for prompt in prompts]
+    answers = [run.tokenizer.decode(new) for new, _ in generator(run.params, ids)]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print(f"{prompt}\n  → {answer}")
+    return {"step": run.step, "answers": answers, "workdir": str(workdir)}
+
+
+def inspect(values: ml_collections.ConfigDict, workdir: pathlib.Path, rows: int) -> dict[str, Any]:
+    """Shows a few packed rows in colour."""
+    job = _prepare(values, workdir)
+    data = make_train_data(job.config, job.tokenizer, job.splits.train, job.splits.weights)
+    show_rows(data, job.tokenizer, rows, Console())
+    return data.summary()

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two tables from logical axis names to mesh axes: how parameters are stored, and how activations are computed."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llm_jepa_jax.batch import FIELDS, Batch
+
+PARAMETER_RULES: dict[str, str | None] = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    "layers": None,
+    "norm": None,
+}
+"""Storage: every matrix is cut over fsdp along its model width and over tensor along the other side."""
+
+ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
+    "rows": ("data", "fsdp"),
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "length": None,
+    "slots": None,
+    "embed": None,
+    "head_dim": None,
+    "layers": None,
+}
+"""Computation: rows over the batch axes; inside a block heads, mlp and vocabulary over tensor."""
+
+
+def parameter_spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
+    """The storage spec of a parameter.
+
+    Raises:
+        ValueError: two of its logical axes lie on one mesh axis.
+        KeyError: a logical axis is not in `PARAMETER_RULES`.
+    """
+    mesh_axes = [PARAMETER_RULES[axis] for axis in logical_axes]
+    used = [axis for axis in mesh_axes if axis]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {logical_axes} share a mesh axis: {mesh_axes}")
+    return PartitionSpec(*mesh_axes)
+
+
+def is_axes(node: Any) -> bool:
+    """Whether a node of a tree of logical axes is a leaf."""
+    return isinstance(node, tuple) and all(isinstance(axis, str) for axis in node)
+
+
+def parameter_shardings(mesh: Mesh, axes_tree: Any) -> Any:
+    """Tree of logical axes to tree of `NamedSharding`."""
+    return jax.tree.map(lambda axes: NamedSharding(mesh, parameter_spec(axes)), axes_tree, is_leaf=is_axes)
+
+
+def constrain(array: jax.Array, *logical_axes: str) -> jax.Array:
+    """Pins an activation's sharding inside a jitted function; nothing outside a mesh (`jax.set_mesh`)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return array
+    spec = PartitionSpec(*(ACTIVATION_RULES[axis] for axis in logical_axes))
+    return jax.lax.with_sharding_constraint(array, spec)
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over the batch axes: batches, prompts, embeddings."""
+    return NamedSharding(mesh, PartitionSpec(ACTIVATION_RULES["rows"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """How many parts the rows axis is cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def global_batch(mesh: Mesh, local: dict[str, Any]) -> Batch:
+    """This process's part of a batch (arrays of `rows / processes` rows) to the global, sharded `Batch`."""
+    sharding = rows_sharding(mesh)
+    return Batch(**{name: jax.make_array_from_process_local_data(sharding, local[name]) for name in FIELDS})

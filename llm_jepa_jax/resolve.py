@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-field checks of a configuration: each failure names the key, its value and the fix."""
+
+import dataclasses
+from collections.abc import Callable
+
+from llm_jepa_jax.config import NUM_RESERVED_PREDICTORS, Config
+from llm_jepa_jax.errors import UserError
+
+
+def _fail(key: str, value: object, why: str) -> None:
+    raise UserError(f"config: `{key}`={value} {why}")
+
+
+def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
+    """The configuration after all cross-field checks that need no data, for a mesh of (data, fsdp, tensor).
+
+    Raises:
+        UserError: a contradiction, with the key, its value and the fix.
+    """
+    _check_ranges(config)
+    _check_data(config)
+    _check_objective(config)
+    _check_train(config, mesh_shape)
+    _check_model(config, mesh_shape)
+    return config
+
+
+def with_vocabulary(config: Config, tokenizer_size: int, tensor: int) -> Config:
+    """Fills `model.vocab_size` (0: the tokenizer's size) and checks that it holds every id.
+
+    Raises:
+        UserError: the model's vocabulary is smaller than the tokenizer's or does not divide over `mesh.tensor`.
+    """
+    size = config.model.vocab_size or tokenizer_size
+    if size < tokenizer_size:
+        _fail("model.vocab_size", size, f"is below the tokenizer's {tokenizer_size} pieces; use {tokenizer_size} or more, or 0")
+    if size % tensor:
+        key = "model.vocab_size" if config.model.vocab_size else "text.vocab_size"
+        _fail(key, size, f"does not divide over `mesh.tensor`={tensor}; use {-(-size // tensor) * tensor}")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def _check_ranges(config: Config) -> None:
+    positive = (
+        "text.vocab_size data.row_length data.rows_per_step data.synthetic_train data.synthetic_eval "
+        "model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.mlp_dim "
+        "model.max_positions model.rope_theta model.norm_eps model.init_std model.rope_scaling.factor "
+        "model.rope_scaling.original_max_positions objective.head_chunk opt.learning_rate opt.eps "
+        "train.micro_batches train.max_skipped train.profile_steps checkpoint.keep_last "
+        "eval.max_new_tokens eval.batch_size eval.num_examples log.every_steps"
+    ).split()
+    not_negative = (
+        "seed data.target_slots data.pair_slots data.workers model.vocab_size objective.ntp.weight objective.jepa.weight "
+        "opt.warmup_steps opt.weight_decay opt.clip_norm train.num_steps train.num_epochs train.profile_start "
+        "checkpoint.every_steps checkpoint.keep_best eval.every_steps eval.final_examples log.report_pairs"
+    ).split()
+    shares = "data.eval_share data.max_dropped_share objective.jepa.dropout opt.final_scale opt.beta1 opt.beta2".split()
+    rules: tuple[tuple[list[str], Callable[[float], bool], str], ...] = (
+        (positive, lambda value: value > 0, "must be above 0"),
+        (not_negative, lambda value: value >= 0, "must not be negative"),
+        (shares, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+    )
+    for keys, holds, why in rules:
+        for key in keys:
+            value = _get(config, key)
+            if not holds(value):
+                _fail(key, value, why)
+
+
+def _get(config: Config, key: str) -> float:
+    node: object = config
+    for name in key.split("."):
+        node = getattr(node, name)
+    return node  # type: ignore[return-value]
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if not data.train:
+        _fail("data.train", "''", "names no data; use `synthetic` or JSONL files")
+    if not data.eval and data.train != "synthetic" and not 0 < data.eval_share < 1:
+        _fail("data.eval_share", data.eval_share, "leaves no split; use a share between 0 and 1, or set `data.eval`")
+    if data.row_length > config.model.max_positions and data.layout == "padded":
+        _fail("data.row_length", data.row_length, f"is above `model.max_positions`={config.model.max_positions}; lower it")
+    for key, slots in (("data.target_slots", data.target_slots), ("data.pair_slots", data.pair_slots)):
+        if slots > data.row_length:
+            _fail(key, slots, f"is above `data.row_length`={data.row_length}; use 0 to size it from the data")
+
+
+def _check_objective(config: Config) -> None:
+    ntp, jepa = config.objective.ntp, config.objective.jepa
+    if not 0 <= jepa.num_predictors <= NUM_RESERVED_PREDICTORS:
+        _fail("objective.jepa.num_predictors", jepa.num_predictors, f"is out of range; use 0 to {NUM_RESERVED_PREDICTORS}")
+    if ntp.weight == 0 and jepa.weight == 0:
+        _fail("objective.ntp.weight", 0, "and `objective.jepa.weight`=0 leave no loss; set one of them above 0")
+    if ntp.weight == 0:
+        _fail("objective.ntp.weight", 0, "lets the embeddings collapse: JEPA alone has a constant solution; use a weight above 0")
+
+
+def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:
+    train, rows = config.train, config.data.rows_per_step
+    if not train.num_steps and not train.num_epochs:
+        _fail("train.num_steps", 0, "and `train.num_epochs`=0 leave nothing to do; set one of them")
+    shards = mesh_shape[0] * mesh_shape[1]
+    unit = shards * train.micro_batches
+    if rows % unit:
+        _fail(
+            "data.rows_per_step", rows,
+            f"does not divide into {train.micro_batches} micro-batches over {shards} devices of the data and fsdp axes; "
+            f"use a multiple of {unit}, such as {-(-rows // unit) * unit}",
+        )  # fmt: skip
+
+
+def _check_model(config: Config, mesh_shape: tuple[int, int, int]) -> None:
+    model, (_, fsdp, tensor) = config.model, mesh_shape
+    if model.num_heads % model.num_kv_heads:
+        _fail("model.num_kv_heads", model.num_kv_heads, f"does not divide `model.num_heads`={model.num_heads}")
+    if model.head_dim % 2:
+        _fail("model.head_dim", model.head_dim, "is odd; rotary embeddings need an even width")
+    for name in ("num_heads", "num_kv_heads", "mlp_dim"):
+        size = getattr(model, name)
+        if size % tensor:
+            _fail("mesh.tensor", tensor, f"does not divide `model.{name}`={size}; use a divisor of it")
+    if model.embed_dim % fsdp:
+        _fail("mesh.fsdp", fsdp, f"does not divide `model.embed_dim`={model.embed_dim}; use a divisor of it")
+    if model.rope_scaling.factor < 1:
+        _fail("model.rope_scaling.factor", model.rope_scaling.factor, "is below 1; use 1 (off) or more")
+    if model.rope_scaling.factor > 1 and model.rope_scaling.low_freq_factor >= model.rope_scaling.high_freq_factor:
+        _fail(
+            "model.rope_scaling.low_freq_factor", model.rope_scaling.low_freq_factor,
+            f"is not below `model.rope_scaling.high_freq_factor`={model.rope_scaling.high_freq_factor}",
+        )  # fmt: skip

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SentencePiece tokenizers with reserved ids for chat roles and predictor tokens."""
+
+import functools
+import hashlib
+import io
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import sentencepiece
+
+from llm_jepa_jax.config import NUM_RESERVED_PREDICTORS
+from llm_jepa_jax.errors import UserError
+
+PAD, UNKNOWN, BOS, END_OF_TURN = "<|pad|>", "<|unknown|>", "<|begin|>", "<|end_of_turn|>"
+ROLE_PIECES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
+PREDICTOR_PIECES = tuple(f"<|predictor_{i}|>" for i in range(1, NUM_RESERVED_PREDICTORS + 1))
+CONTROL_PIECES = (BOS, END_OF_TURN, *ROLE_PIECES.values(), *PREDICTOR_PIECES)
+NUM_BYTES = 256
+MAX_SENTENCE_BYTES = 1 << 16
+SETTINGS_VERSION = "1"
+"""Changes when training settings below do, so that cached tokenizers are trained anew."""
+
+
+class Tokenizer:
+    """An immutable SentencePiece model; pickles as its bytes.
+
+    Text encodes without loss (unknown characters fall back to bytes, nothing is normalised), and control pieces never
+    come from text: a message that holds `<|user|>` stays a message.
+    """
+
+    def __init__(self, model: bytes, origin: str = "tokenizer"):
+        self._model = model
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"{origin}: not a SentencePiece model; pass a .model file made by SentencePiece") from error
+        self.vocab_size: int = self._processor.vocab_size()
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.pad_id = self._reserved(PAD, origin)
+        self.bos_id = self._reserved(BOS, origin)
+        self.end_of_turn_id = self._reserved(END_OF_TURN, origin)
+        self.role_ids = {role: self._reserved(piece, origin) for role, piece in ROLE_PIECES.items()}
+        self.predictor_ids = tuple(self._reserved(piece, origin) for piece in PREDICTOR_PIECES)
+
+    def _reserved(self, piece: str, origin: str) -> int:
+        index = self._processor.piece_to_id(piece)
+        if self._processor.id_to_piece(index) != piece:
+            raise UserError(
+                f"{origin}: the reserved piece {piece} is missing; train with control_symbols="
+                f"{','.join(CONTROL_PIECES)} and pad_piece={PAD}, or leave text.tokenizer empty to train one here"
+            )
+        return index
+
+    def __reduce__(self) -> tuple[type, tuple[bytes]]:
+        return Tokenizer, (self._model,)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; control ids are left out, ids outside the vocabulary too."""
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.is_control(int(i))])
+
+    def piece(self, index: int) -> str:
+        """How one id looks, for people."""
+        return self._processor.id_to_piece(int(index)).replace("▁", " ")
+
+    @functools.cached_property
+    def _control(self) -> frozenset[int]:
+        size, processor = self.vocab_size, self._processor
+        return frozenset(i for i in range(size) if processor.is_control(i) or processor.is_unknown(i))
+
+    def is_control(self, index: int) -> bool:
+        """Whether an id is reserved: never text."""
+        return index in self._control
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes the `.model` file whole or not at all."""
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(self._model)
+        part.replace(path)
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """Reads a `.model` file.
+
+    Raises:
+        UserError: the file is missing, is not a SentencePiece model, or lacks a reserved piece.
+    """
+    try:
+        return Tokenizer(pathlib.Path(path).expanduser().read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"text.tokenizer={path}: {error.strerror}; pass a SentencePiece .model file") from error
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains byte-fallback BPE on `texts`; same texts and size give the same bytes.
+
+    Raises:
+        UserError: `vocab_size` is too small for the reserved pieces or larger than the texts support.
+    """
+    reserved = NUM_BYTES + len(CONTROL_PIECES) + 2
+    if vocab_size <= reserved:
+        raise UserError(f"config: `text.vocab_size`={vocab_size} must be above {reserved}, the reserved and byte pieces")
+    model = io.BytesIO()
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "character_coverage": 1.0,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "split_digits": True,
+        "num_threads": 1,
+        "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3,
+        "pad_piece": PAD, "unk_piece": UNKNOWN, "bos_piece": BOS, "eos_piece": END_OF_TURN,
+        "control_symbols": list(CONTROL_PIECES[2:]),
+        "max_sentence_length": MAX_SENTENCE_BYTES,
+        "input_sentence_size": 2_000_000,
+        "shuffle_input_sentence": False,
+        "minloglevel": 2,
+    }  # fmt: skip
+    sentences = (line for text in texts for line in _lines(text))
+    try:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **options)
+    except RuntimeError as error:
+        largest = re.search(r"<= (\d+)", str(error))
+        fix = f"use at most {largest[1]}" if largest else "use a smaller one or more text"
+        raise UserError(f"config: `text.vocab_size`={vocab_size} is too large for this text; {fix}") from error
+    return Tokenizer(model.getvalue())
+
+
+def _lines(text: str) -> Iterable[str]:
+    """Pieces of at most the trainer's longest sentence, so that nothing is skipped in silence."""
+    step = MAX_SENTENCE_BYTES // 4  # a character has at most four bytes
+    for line in text.splitlines():
+        yield from (line[i : i + step] for i in range(0, len(line), step))
+
+
+def cached_tokenizer(
+    texts: Callable[[], Iterable[str]], content_hash: str, vocab_size: int, cache_dir: pathlib.Path
+) -> Tokenizer:
+    """The tokenizer for a content and a size, trained at first use and kept in `cache_dir`."""
+    name = hashlib.sha256(f"{content_hash} {vocab_size} {SETTINGS_VERSION}".encode()).hexdigest()[:32]
+    path = cache_dir / "tokenizers" / f"{name}.model"
+    if path.exists():
+        return load_tokenizer(path)
+    tokenizer = train_tokenizer(texts(), vocab_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer

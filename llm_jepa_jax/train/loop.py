@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop, top to bottom: mesh, state, restore, step, loop, save."""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from llm_jepa_jax.batch import abstract_batch
+from llm_jepa_jax.checkpoint.manager import Checkpoints
+from llm_jepa_jax.config import Config
+from llm_jepa_jax.data.pipeline import TrainData
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.models.transformer import model_flops
+from llm_jepa_jax.objectives.diagnostics import collapse_metrics
+from llm_jepa_jax.parallel.sharding import global_batch, rows_sharding
+from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, valid_pairs
+from llm_jepa_jax.train.phases import Phases
+from llm_jepa_jax.train.progress import Bar, loss_text
+from llm_jepa_jax.train.state import StateFactory, TrainState
+from llm_jepa_jax.train.step import make_train_step
+
+LOG = logging.getLogger("llm_jepa_jax")
+
+Evaluate = Callable[[Any, int], dict[str, float]]
+"""(parameters, step) to scores, `exact_match` among them."""
+
+
+@dataclasses.dataclass
+class Result:
+    """Where training ended."""
+
+    state: TrainState
+    step: int
+    metrics: dict[str, float]
+    """The last metrics line."""
+    stopped_early: bool
+    """A signal asked for a stop; the state is saved."""
+
+
+class Recorder:
+    """Reads a step's metrics one step late, adds them to the window, and writes a line each period."""
+
+    def __init__(self, config: Config, writer: MetricsWriter | None, window: Window, mesh: Mesh):
+        self._config, self._writer, self.window = config, writer, window
+        self._pending: tuple[int, Any] | None = None
+        self._peak = device_peak_flops(mesh.devices.flat[0].device_kind)
+        self._num_devices = mesh.size
+        self.restart_clock()
+        self.last: dict[str, float] = {}
+
+    def push(self, step: int, metrics: Any, waited: float) -> None:
+        """Takes the metrics of the step just dispatched, and reads those of the step before."""
+        self.flush()
+        self._pending = (step, metrics)
+        self._waited += waited
+
+    def flush(self) -> None:
+        """Reads what is pending.
+
+        Raises:
+            FloatingPointError: too many non-finite updates in a row.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        host = jax.device_get({"sums": metrics["sums"], "last": metrics["last"]})
+        self.window.add(host["sums"])
+        self._tokens += float(host["sums"]["tokens"])
+        self._examples += float(host["sums"]["examples"])
+        self._targets += float(host["sums"]["target_tokens"])
+        if host["last"]["skipped_in_row"] == 1:
+            LOG.warning("step %d: loss or gradient is not finite; this update is skipped", step)
+        if step % self._config.log.every_steps == 0:
+            self._line(step, host["last"], metrics["embeddings"])
+        if host["last"]["skipped_in_row"] >= self._config.train.max_skipped:
+            raise FloatingPointError(
+                f"{int(host['last']['skipped_in_row'])} updates in a row were not finite, the last at step {step}"
+            )
+
+    def _line(self, step: int, last: dict[str, Any], embeddings: Any) -> None:
+        values = self.window.means() | {name: float(last[name]) for name in sorted(last) if name != "skipped_in_row"}
+        values |= collapse_metrics(*valid_pairs(jax.device_get(embeddings)))
+        for term in self.window.idle_terms():
+            LOG.warning("step %d: the %s term had no weight since the last metrics line", step, term)
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        values["tokens_per_s"], values["examples_per_s"] = self._tokens / seconds, self._examples / seconds
+        values["data_wait_share"] = min(1.0, self._waited / seconds)
+        if self._peak:
+            flops = model_flops(self._config.model, self._tokens, self._targets, self._config.data.row_length)
+            values["mfu"] = flops / seconds / (self._peak * self._num_devices)
+        self.restart_clock()
+        self.window.sums.clear()
+        self.last = values
+        self.write(step, values)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if self._writer:
+            self._writer.write(step, values)
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def restart_clock(self) -> None:
+        """Leaves time spent outside training (evaluation, saving) out of the speeds."""
+        self._clock, self._waited = time.monotonic(), 0.0
+        self._tokens = self._examples = self._targets = 0.0
+
+
+def train(
+    factory: StateFactory, data: TrainData, workdir: pathlib.Path, phases: Phases, evaluate: Evaluate | None
+) -> Result:
+    """Trains until the last step or a SIGTERM, from the newest valid checkpoint in `workdir` if there is one.
+
+    Raises:
+        UserError: a checkpoint cannot be written, or updates stay non-finite (the state is saved first).
+    """
+    config, mesh = factory.config, factory.mesh
+    first_process = jax.process_index() == 0
+
+    # --- state: newest valid checkpoint, else initial
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    with phases.phase("restore or create the state"):
+        restored = checkpoints.restore_latest(factory.abstract)
+        step, state, meta = restored or (0, factory.create(), {})
+    LOG.info("starting from %s", f"checkpoint {step} of this run" if restored else f"random weights (seed {config.seed})")
+
+    # --- metrics and data, both at `step`
+    writer = MetricsWriter(workdir, step, config.log.tensorboard) if first_process else None
+    recorder = Recorder(config, writer, Window(meta.get("window")), mesh)
+    batches = data.iterator(step, jax.process_index(), jax.process_count())
+
+    # --- compile
+    with phases.phase("compile the step"), jax.set_mesh(mesh):
+        batch_shape = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows_sharding(mesh)),
+            abstract_batch(config.data.rows_per_step, data.shape),
+        )
+        train_step = make_train_step(factory, data.num_steps).lower(factory.abstract, batch_shape).compile()
+
+    # --- loop
+    save = Saver(checkpoints, recorder, config)
+    failure: FloatingPointError | None = None
+    started = time.monotonic()
+    with _stop_on_sigterm() as stop, Bar("train", data.num_steps, step, first_process) as bar, _closing(batches):
+        recorder.restart_clock()
+        with jax.transfer_guard("disallow"):
+            while step < data.num_steps and not stop.requested:
+                fetched = time.monotonic()
+                batch = global_batch(mesh, next(batches))
+                waited = time.monotonic() - fetched
+                with jax.profiler.StepTraceAnnotation("train", step_num=step), _profiled(config, step, workdir):
+                    state, metrics = train_step(state, batch)
+                step += 1
+                try:
+                    recorder.push(step, metrics, waited)
+                    bar.update(step, loss_text(recorder.last))
+                    if _due(step, config.eval.every_steps) or _due(step, config.checkpoint.every_steps):
+                        recorder.flush()
+                        scores = _scores(config, step, data.num_steps, evaluate, state, recorder)
+                        save(step, state, scores.get("exact_match"))
+                        recorder.restart_clock()
+                except FloatingPointError as error:
+                    failure = error
+                    break
+        with contextlib.suppress(FloatingPointError):
+            recorder.flush()
+    phases.add("train", time.monotonic() - started)
+    return _finish(state, step, data, config, recorder, save, evaluate, failure, stop.requested)
+
+
+def _finish(
+    state: TrainState,
+    step: int,
+    data: TrainData,
+    config: Config,
+    recorder: Recorder,
+    save: "Saver",
+    evaluate: Evaluate | None,
+    failure: FloatingPointError | None,
+    stopped: bool,
+) -> Result:
+    """Last evaluation, last save, and the reason if the run could not go on."""
+    done = step >= data.num_steps
+    scores = {}
+    if done and not failure and evaluate:
+        scores = evaluate(state.params, step)
+        recorder.write(step, scores)
+    save(step, state, scores.get("exact_match"))
+    save.checkpoints.close()
+    recorder.close()
+    if failure:
+        raise UserError(f"training stopped: {failure}; the state is saved at step {step}; lower opt.learning_rate")
+    if not done:
+        LOG.warning("asked to stop: the state is saved at step %d; the same command goes on from there", step)
+    return Result(state, step, recorder.last | scores, stopped and not done)
+
+
+class Saver:
+    """Saves a step once, with what a bit-equal restart needs beside the state."""
+
+    def __init__(self, checkpoints: Checkpoints, recorder: Recorder, config: Config):
+        self.checkpoints, self._recorder, self._config = checkpoints, recorder, config
+
+    def __call__(self, step: int, state: TrainState, exact_match: float | None) -> None:
+        if step == 0 or step in self.checkpoints.steps():
+            return
+        # All draws come from (seed, step) and (seed, epoch, example), so these two are the whole random state.
+        meta = {"step": step, "seed": self._config.seed, "window": self._recorder.window.sums}
+        with jax.transfer_guard("allow"):  # Orbax copies the shards to the host by itself
+            self.checkpoints.save(step, state, meta, exact_match)
+
+
+def _due(step: int, period: int) -> bool:
+    return bool(period) and step % period == 0
+
+
+def _scores(
+    config: Config, step: int, num_steps: int, evaluate: Evaluate | None, state: TrainState, recorder: Recorder
+) -> dict[str, float]:
+    if not evaluate or not _due(step, config.eval.every_steps) or step == num_steps:
+        return {}
+    with jax.transfer_guard("allow"):
+        scores = evaluate(state.params, step)
+    recorder.write(step, scores)
+    return scores
+
+
+@dataclasses.dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[_Stop]:
+    stop = _Stop()
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(stop, "requested", True))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _closing(batches: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        batches.close()
+
+
+@contextlib.contextmanager
+def _profiled(config: Config, step: int, workdir: pathlib.Path) -> Iterator[None]:
+    """Traces steps `profile_start` to `profile_start + profile_steps - 1` into `profile/`."""
+    start = config.train.profile_start
+    if start and step + 1 == start:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    yield
+    if start and step + 1 == start + config.train.profile_steps - 1:
+        jax.profiler.stop_trace()

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW with warm-up, a global-norm clip, and no decay on norms."""
+
+from typing import Any
+
+import jax
+import optax
+
+from llm_jepa_jax.config import OptConfig
+from llm_jepa_jax.parallel.sharding import is_axes
+
+
+def learning_rate(config: OptConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up (the first step already moves), then cosine, linear or constant until `num_steps`."""
+    warmup = min(config.warmup_steps, num_steps)
+    rest = max(1, num_steps - warmup)
+    peak, final = config.learning_rate, config.learning_rate * config.final_scale
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_scale),
+        "linear": optax.linear_schedule(peak, final, rest),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, max(1, warmup)), after], [warmup])
+
+
+def make_optimizer(config: OptConfig, num_steps: int, axes: Any) -> optax.GradientTransformation:
+    """The optimizer for parameters with these logical axes; a parameter with a `norm` axis is not decayed."""
+    decayed = jax.tree.map(lambda names: "norm" not in names, axes, is_leaf=is_axes)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(learning_rate(config, num_steps)),
+    )

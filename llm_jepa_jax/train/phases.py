@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time of a run goes: one log line and one entry of `phases.json` for each phase."""
+
+import contextlib
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Iterator
+
+LOG = logging.getLogger("llm_jepa_jax")
+
+
+class Phases:
+    """Seconds by phase, added over the restarts of a run."""
+
+    def __init__(self, workdir: pathlib.Path | None):
+        self._path = workdir / "phases.json" if workdir else None
+        self.seconds: dict[str, float] = {}
+        if self._path and self._path.exists():
+            with contextlib.suppress(json.JSONDecodeError):  # torn by a kill: timings are not worth stopping for
+                self.seconds = json.loads(self._path.read_text())
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times the block as `name`."""
+        LOG.info("%s …", name)
+        start = time.monotonic()
+        yield
+        self.add(name, time.monotonic() - start)
+        LOG.info("%s: %.1f s", name, time.monotonic() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        if self._path:
+            part = self._path.with_suffix(".json.part")
+            part.write_text(json.dumps({key: round(value, 3) for key, value in self.seconds.items()}))
+            part.replace(self._path)

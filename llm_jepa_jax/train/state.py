@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train state, its shardings, and its creation, all derived from one abstract init."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from llm_jepa_jax.config import Config
+from llm_jepa_jax.models.transformer import abstract_params, init_params
+from llm_jepa_jax.parallel.sharding import parameter_shardings, replicated
+from llm_jepa_jax.train.optimizer import make_optimizer
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that one step turns into the next. Scalars are int32."""
+
+    step: jax.Array
+    """Steps taken, skipped ones included: the place in the data."""
+    params: Any
+    opt_state: Any
+    skipped: jax.Array
+    """Updates skipped for a non-finite loss or gradient."""
+    skipped_in_row: jax.Array
+    """How many of the last updates in a row were skipped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StateFactory:
+    """Makes the state of one configuration on one mesh."""
+
+    config: Config
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    """`jax.ShapeDtypeStruct`s with their shardings."""
+
+    def create(self) -> TrainState:
+        """The initial state, each device making its own shards."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        with jax.set_mesh(self.mesh):
+            key = jax.random.key(self.config.seed)
+            return jax.jit(lambda key: _initial(key, self.config, self.optimizer), out_shardings=shardings)(key)
+
+
+def _initial(key: jax.Array, config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    params = init_params(key, config.model, jnp.dtype(config.train.param_dtype))
+    # Three arrays, not one three times: a buffer can be donated only once.
+    zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
+    return TrainState(zeros[0], params, optimizer.init(params), zeros[1], zeros[2])
+
+
+def state_factory(config: Config, mesh: Mesh, num_steps: int) -> StateFactory:
+    """Shapes and shardings of the state; nothing is allocated.
+
+    The optimizer's moments take the sharding of their parameter, its scalars are replicated.
+    """
+    _, axes = abstract_params(config.model, jnp.dtype(config.train.param_dtype))
+    optimizer = make_optimizer(config.opt, num_steps, axes)
+    shapes = jax.eval_shape(lambda: _initial(jax.random.key(0), config, optimizer))
+    everywhere = replicated(mesh)
+    params = parameter_shardings(mesh, axes)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    shardings = TrainState(everywhere, params, opt_state, everywhere, everywhere)
+    abstract = jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+    )
+    return StateFactory(config, mesh, optimizer, abstract)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one jitted step: both losses, accumulation over micro-batches, one update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from llm_jepa_jax.batch import Batch
+from llm_jepa_jax.config import Config
+from llm_jepa_jax.models.transformer import forward, head_kernel
+from llm_jepa_jax.objectives.jepa import cosine, pair_embeddings
+from llm_jepa_jax.objectives.term import Inputs
+from llm_jepa_jax.objectives.total import term_weights, total_loss
+from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, replicated, rows_sharding
+from llm_jepa_jax.train.optimizer import learning_rate
+from llm_jepa_jax.train.state import StateFactory, TrainState
+
+DIAGNOSTIC_PAIRS = 256
+"""About how many pairs' embeddings a step hands out for the collapse diagnostics."""
+
+
+def loss_and_aux(
+    params: Any, batch: Batch, weights: dict[str, jax.Array], config: Config
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Total loss of these rows under the global `weights`, and what the metrics need.
+
+    Returns:
+        The float32 total, and `sums` (each term's sum), `cos_sum` (of cos over pairs), `pairs`: text and code
+        embeddings of the first slots of each row, [R, s, D] float32, with their weights [R, s].
+    """
+    hidden_RxLxD = forward(
+        params, config.model, batch.tokens, batch.positions, batch.segments,
+        dtype=jnp.dtype(config.train.dtype), remat=config.train.remat,
+    )  # fmt: skip
+    inputs = Inputs(hidden_RxLxD, head_kernel(params, config.model), batch, config.objective)
+    total, sums = total_loss(inputs, weights)
+    text_RxPxD, code_RxPxD = jax.lax.stop_gradient(pair_embeddings(hidden_RxLxD, batch))
+    cos_sum = jnp.sum(cosine(text_RxPxD, code_RxPxD) * batch.pair_weight)
+    slots = min(batch.pair_weight.shape[1], -(-DIAGNOSTIC_PAIRS // config.data.rows_per_step))
+    pairs = (text_RxPxD[:, :slots], code_RxPxD[:, :slots], batch.pair_weight[:, :slots])
+    return total, {"sums": sums, "cos_sum": cos_sum, "pairs": pairs}
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """[R, ...] to [parts, R / parts, ...]. Part i takes rows i, i + parts, …, so no row leaves its device."""
+    spec = PartitionSpec(None, ACTIVATION_RULES["rows"])
+
+    def split(array: jax.Array) -> jax.Array:
+        array = array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+        return array if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(array, spec)
+
+    return jax.tree.map(split, batch)
+
+
+def gradients(params: Any, batch: Batch, config: Config) -> tuple[jax.Array, Any, dict[str, Any], dict[str, jax.Array]]:
+    """Total loss, its gradient, metrics parts and term weights of a global batch, over its micro-batches.
+
+    Every term is divided by its weight over the whole batch, so the result does not depend on how it is cut.
+    """
+    weights = term_weights(batch, config.objective)
+    value_and_grad = jax.value_and_grad(lambda p, part: loss_and_aux(p, part, weights, config), has_aux=True)
+    parts = config.train.micro_batches
+    if parts == 1:
+        (total, aux), grads = value_and_grad(params, batch)
+        return total, grads, aux, weights
+
+    def add(carry: tuple[jax.Array, Any, Any], part: Batch) -> tuple[tuple[jax.Array, Any, Any], Any]:
+        (total, aux), grads = value_and_grad(params, part)
+        pairs = aux.pop("pairs")
+        added = jax.tree.map(lambda a, b: a + b, carry, (total, jax.tree.map(_wide, grads), aux))
+        return added, pairs
+
+    split = _split(batch, parts)
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], split))
+    ((_, aux_shape), grad_shape) = shapes
+    aux_shape = {name: aux_shape[name] for name in ("sums", "cos_sum")}
+    zeros = (
+        jnp.zeros((), jnp.float32),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), grad_shape),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux_shape),
+    )
+    (total, grads, aux), pairs = jax.lax.scan(add, zeros, split)
+    pairs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), pairs)
+    return total, grads, aux | {"pairs": pairs}, weights
+
+
+def _wide(gradient: jax.Array) -> jax.Array:
+    return gradient.astype(jnp.float32)
+
+
+def _metrics(batch: Batch, aux: dict[str, Any], weights: dict[str, jax.Array]) -> dict[str, Any]:
+    """Sums that the loop adds over a window of steps before dividing."""
+    tokens = jnp.sum(batch.segments > 0, dtype=jnp.float32)
+    sums = {
+        "target_tokens": jnp.sum(batch.target_weight),
+        "pairs": jnp.sum(batch.pair_weight),
+        "examples": jnp.sum(batch.num_examples, dtype=jnp.float32),
+        "tokens": tokens,
+        "slots": jnp.float32(batch.segments.size),
+        "cos_sum": aux["cos_sum"],
+    }
+    sums |= {f"{name}_sum": value for name, value in aux["sums"].items()}
+    sums |= {f"{name}_weight": value for name, value in weights.items()}
+    return {"sums": sums, "embeddings": aux["pairs"]}
+
+
+def make_train_step(factory: StateFactory, num_steps: int) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
+    """The jitted step `(state, batch) -> (state, metrics)`; the state passed in is donated.
+
+    A non-finite loss or gradient norm leaves parameters and optimizer untouched and is counted.
+    """
+    config, optimizer, mesh = factory.config, factory.optimizer, factory.mesh
+    schedule = learning_rate(config.opt, num_steps)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        total, grads, aux, weights = gradients(state.params, batch, config)
+        grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings.params)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        bad = 1 - finite.astype(jnp.int32)
+        new = TrainState(state.step + 1, params, opt_state, state.skipped + bad, bad * (state.skipped_in_row + 1))
+        metrics = _metrics(batch, aux, weights)
+        metrics["last"] = {
+            "total_loss": total,
+            "grad_norm": grad_norm,
+            "learning_rate": schedule(state.step - state.skipped),
+            "skipped_steps": new.skipped,
+            "skipped_in_row": new.skipped_in_row,
+        }
+        return new, metrics
+
+    everywhere = replicated(mesh)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, rows_sharding(mesh)),
+        out_shardings=(shardings, everywhere),
+    )
