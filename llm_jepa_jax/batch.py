@@ -51,6 +51,8 @@ class RowShape:
     length: int
     target_slots: int
     pair_slots: int
+    longest_segment: int = 0
+    """No segment has more tokens; 0: not known. Attention need not look further back."""
 
 
 def empty_row(shape: RowShape) -> dict[str, np.ndarray]:

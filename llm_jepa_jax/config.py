@@ -37,20 +37,35 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    train: str = key("synthetic", "`synthetic` (the embedded corpus) or JSONL files `a.jsonl,b.jsonl*0.5`; `*w`: copies of each record an epoch")
-    eval: str = key("", "as `data.train`; empty: the corpus's own test split, or `data.eval_share` held out of the training files")
-    eval_share: float = key(0.05, "share of the training records held out when `data.eval` is empty and `data.train` is files")
+    train: str = key(
+        "synthetic",
+        "`synthetic` (the embedded corpus) or JSONL files `a.jsonl,b.jsonl*0.5`; `*w`: copies of each record an epoch",
+    )
+    eval: str = key(
+        "", "as `data.train`; empty: the corpus's own test split, or `data.eval_share` held out of the training files"
+    )
+    eval_share: float = key(
+        0.05, "share of the training records held out when `data.eval` is empty and `data.train` is files"
+    )
     synthetic_train: int = key(10000, "size of the embedded corpus's training split", "records")
     synthetic_eval: int = key(1000, "size of the embedded corpus's test split", "records")
-    layout: str = key("separate", "how views lie in rows: `separate` packs, `padded` puts one example in a row", choices=("separate", "padded"))
+    layout: str = key(
+        "separate",
+        "how views lie in rows: `separate` packs, `padded` puts one example in a row",
+        choices=("separate", "padded"),
+    )
     row_length: int = key(512, "length of a packed row", "tokens")
     rows_per_step: int = key(32, "rows of one optimizer step, over all devices and micro-batches", "rows")
     shuffle: bool = key(True, "draw a new order every epoch from (`seed`, epoch)")
-    max_dropped_share: float = key(0.01, "share of records that may be dropped for not fitting `data.row_length` before the run refuses to start")
+    max_dropped_share: float = key(
+        0.01, "share of records that may be dropped for not fitting `data.row_length` before the run refuses to start"
+    )
     target_slots: int = key(0, "next-token target slots a row; 0: sized from the data", "slots")
     pair_slots: int = key(0, "JEPA pair slots a row; 0: sized from the data", "slots")
     workers: int = key(0, "Grain worker processes; 0: rows are built in the training process", "processes")
-    cache_dir: str = key("~/.cache/llm_jepa_jax", "where trained tokenizers and tokenised files are cached by content hash")
+    cache_dir: str = key(
+        "~/.cache/llm_jepa_jax", "where trained tokenizers and tokenised files are cached by content hash"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +96,27 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class NtpConfig:
     weight: float = key(1.0, "γ: weight of the next-token loss; 0: off")
-    targets: str = key("assistant", "`assistant`: tokens of assistant turns with their end token; `all`: every token of the conversation", choices=("assistant", "all"))
+    targets: str = key(
+        "assistant",
+        "`assistant`: tokens of assistant turns with their end token; `all`: every token of the conversation",
+        choices=("assistant", "all"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class JepaConfig:
     weight: float = key(1.0, "λ: weight of the JEPA loss; 0: off, and no view enters a row")
-    num_predictors: int = key(1, f"k: predictor tokens appended to the text view, 0 to {NUM_RESERVED_PREDICTORS}", "tokens")
-    view_end: str = key("content", "where a view ends: its last `content` token, or the end-of-`turn` token after it", choices=("content", "turn"))
+    num_predictors: int = key(
+        1, f"k: predictor tokens appended to the text view, 0 to {NUM_RESERVED_PREDICTORS}", "tokens"
+    )
+    view_end: str = key(
+        "content",
+        "where a view ends: its last `content` token, or the end-of-`turn` token after it",
+        choices=("content", "turn"),
+    )
+    stop_gradient: bool = key(
+        False, "no gradient into the code view: the text view alone moves (published: both views move)"
+    )
     dropout: float = key(0.0, "α: share of examples that go without their JEPA pair, drawn from (seed, epoch, example)")
 
 
@@ -124,7 +152,11 @@ class TrainConfig:
     num_steps: int = key(0, "optimizer steps; 0: from `train.num_epochs`", "steps")
     num_epochs: int = key(4, "passes over the training records; 0: from `train.num_steps`", "epochs")
     micro_batches: int = key(1, "parts a step's rows are cut into; gradients are added by weight")
-    remat: str = key("none", "what the backward pass recomputes: `none`, `dots` (keeps matmul outputs), `full` (keeps block inputs)", choices=("none", "dots", "full"))
+    remat: str = key(
+        "none",
+        "what the backward pass recomputes: `none`, `dots` (keeps matmul outputs), `full` (keeps block inputs)",
+        choices=("none", "dots", "full"),
+    )
     dtype: str = key("float32", "compute type", choices=("float32", "bfloat16"))
     param_dtype: str = key("float32", "type of parameters and optimizer state", choices=("float32", "bfloat16"))
     max_skipped: int = key(10, "non-finite updates in a row after which the run stops", "steps")
@@ -224,11 +256,6 @@ def _checked(field: dataclasses.Field, path: str, value: Any) -> Any:
     return value
 
 
-def save(config: Config, path: pathlib.Path) -> None:
-    """Writes the configuration as JSON, which `--config=PATH` takes back."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-
-
 def load_json(path: str | pathlib.Path) -> ml_collections.ConfigDict:
     """A saved configuration as `ConfigDict`, with defaults for keys it does not name.
 
@@ -272,7 +299,9 @@ def _describe(cls: type, prefix: str, meaning: str) -> list[str]:
     lines += ["| key | default | unit | meaning |", "|---|---|---|---|"]
     for field in plain:
         default = json.dumps(field.default, ensure_ascii=False)
-        lines.append(f"| `{prefix}{field.name}` | `{default}` | {field.metadata['unit']} | {field.metadata['meaning']} |")
+        lines.append(
+            f"| `{prefix}{field.name}` | `{default}` | {field.metadata['unit']} | {field.metadata['meaning']} |"
+        )
     for field in dataclasses.fields(cls):
         if field.metadata.get("section"):
             lines += _describe(field.default_factory, f"{prefix}{field.name}.", field.metadata["meaning"])  # type: ignore[arg-type]

@@ -14,12 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llm_jepa_jax import config as configuration
 from llm_jepa_jax.analysis.report import write_report
-from llm_jepa_jax.config import Config, flatten, freeze, to_dict
+from llm_jepa_jax.config import Config, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
-from llm_jepa_jax.data.sources import Source, Splits, open_splits
+from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_splits
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode
 from llm_jepa_jax.eval.evaluate import evaluate as run_task
@@ -27,7 +26,7 @@ from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.resolve import resolve, with_vocabulary
-from llm_jepa_jax.run_directory import open_run
+from llm_jepa_jax.run_directory import claim, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt, render_view
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
 from llm_jepa_jax.train.loop import Evaluate
@@ -37,9 +36,6 @@ from llm_jepa_jax.train.progress import Bar
 from llm_jepa_jax.train.state import state_factory
 
 LOG = logging.getLogger("llm_jepa_jax")
-
-RESUMABLE = ("train", "eval", "log", "checkpoint", "mesh", "data.workers", "data.cache_dir", "data.max_dropped_share")
-"""Keys and sections that a resumed run may change; everything else is what the run is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +54,7 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.train.compile_cache).expanduser()))
     mesh = make_mesh(config.mesh)
     config = resolve(config, mesh.devices.shape)
+    config = dataclasses.replace(config, data=absolute_paths(config.data))
     splits = open_splits(config.data, config.seed)
     tokenizer = _tokenizer(config, workdir, splits.train)
     config = with_vocabulary(config, tokenizer.vocab_size, mesh.shape["tensor"])
@@ -75,38 +72,15 @@ def _tokenizer(config: Config, workdir: pathlib.Path, source: Source) -> Tokeniz
     return cached_tokenizer(texts, source.content_hash, config.text.vocab_size, cache_dir)
 
 
-def _claim(workdir: pathlib.Path, job: Job) -> None:
-    """Makes the run directory, or checks that the run in it is this one.
-
-    Raises:
-        UserError: it cannot be written, or it holds a run of another configuration.
-    """
-    saved = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if saved.exists():
-            before = flatten(configuration.load_json(saved).to_dict())
-            for key, value in flatten(to_dict(job.config)).items():
-                fixed = not any(key == name or key.startswith(name + ".") for name in RESUMABLE)
-                if fixed and before[key] != value:
-                    raise UserError(
-                        f"{workdir}: holds a run with `{key}`={before[key]!r}, not {value!r}; "
-                        f"set --config.{key}={before[key]} to go on with it, or take another --workdir"
-                    )
-        if jax.process_index() == 0:
-            configuration.save(job.config, saved)
-            job.tokenizer.save(workdir / "tokenizer.model")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot write there: {error.strerror}; name another directory") from error
-
-
 def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Trains, evaluates, and writes the report."""
     job = _prepare(values, workdir)
-    _claim(workdir, job)
     config = job.config
+    claim(workdir, config, job.tokenizer, job.splits)
     phases = Phases(workdir if jax.process_index() == 0 else None)
-    LOG.info("run %s on %d × %s, mesh %s", workdir, job.mesh.size, job.mesh.devices.flat[0].device_kind, dict(job.mesh.shape))
+    LOG.info(
+        "run %s on %d × %s, mesh %s", workdir, job.mesh.size, job.mesh.devices.flat[0].device_kind, dict(job.mesh.shape)
+    )
     with phases.phase("prepare data"):
         data = make_train_data(config, job.tokenizer, job.splits.train, job.splits.weights)
     _log_data(data)

@@ -34,7 +34,11 @@ def with_vocabulary(config: Config, tokenizer_size: int, tensor: int) -> Config:
     """
     size = config.model.vocab_size or tokenizer_size
     if size < tokenizer_size:
-        _fail("model.vocab_size", size, f"is below the tokenizer's {tokenizer_size} pieces; use {tokenizer_size} or more, or 0")
+        _fail(
+            "model.vocab_size",
+            size,
+            f"is below the tokenizer's {tokenizer_size} pieces; use {tokenizer_size} or more, or 0",
+        )
     if size % tensor:
         key = "model.vocab_size" if config.model.vocab_size else "text.vocab_size"
         _fail(key, size, f"does not divide over `mesh.tensor`={tensor}; use {-(-size // tensor) * tensor}")
@@ -82,7 +86,9 @@ def _check_data(config: Config) -> None:
     if not data.eval and data.train != "synthetic" and not 0 < data.eval_share < 1:
         _fail("data.eval_share", data.eval_share, "leaves no split; use a share between 0 and 1, or set `data.eval`")
     if data.row_length > config.model.max_positions and data.layout == "padded":
-        _fail("data.row_length", data.row_length, f"is above `model.max_positions`={config.model.max_positions}; lower it")
+        _fail(
+            "data.row_length", data.row_length, f"is above `model.max_positions`={config.model.max_positions}; lower it"
+        )
     for key, slots in (("data.target_slots", data.target_slots), ("data.pair_slots", data.pair_slots)):
         if slots > data.row_length:
             _fail(key, slots, f"is above `data.row_length`={data.row_length}; use 0 to size it from the data")
@@ -91,11 +97,17 @@ def _check_data(config: Config) -> None:
 def _check_objective(config: Config) -> None:
     ntp, jepa = config.objective.ntp, config.objective.jepa
     if not 0 <= jepa.num_predictors <= NUM_RESERVED_PREDICTORS:
-        _fail("objective.jepa.num_predictors", jepa.num_predictors, f"is out of range; use 0 to {NUM_RESERVED_PREDICTORS}")
+        _fail(
+            "objective.jepa.num_predictors", jepa.num_predictors, f"is out of range; use 0 to {NUM_RESERVED_PREDICTORS}"
+        )
     if ntp.weight == 0 and jepa.weight == 0:
         _fail("objective.ntp.weight", 0, "and `objective.jepa.weight`=0 leave no loss; set one of them above 0")
     if ntp.weight == 0:
-        _fail("objective.ntp.weight", 0, "lets the embeddings collapse: JEPA alone has a constant solution; use a weight above 0")
+        _fail(
+            "objective.ntp.weight",
+            0,
+            "lets the embeddings collapse: JEPA alone has a constant solution; use a weight above 0",
+        )
 
 
 def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finished or unfinished run, opened from its directory alone."""
+"""The directory of a run: claimed by training, opened by everything else."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llm_jepa_jax.checkpoint.manager import restore_params
-from llm_jepa_jax.config import Config, freeze, load_json
+from llm_jepa_jax.config import Config, flatten, freeze, load_json, to_dict
+from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.models.transformer import abstract_params
 from llm_jepa_jax.parallel.mesh import make_mesh
@@ -18,7 +20,9 @@ from llm_jepa_jax.parallel.sharding import parameter_shardings
 from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-CONTENTS = "config.json, tokenizer.model and checkpoints/"
+FILES = ("config.json", "run.json", "tokenizer.model", "checkpoints")
+RESUMABLE = ("train", "eval", "log", "checkpoint", "mesh", "data.workers", "data.cache_dir", "data.max_dropped_share")
+"""Keys and sections that a resumed run may change; everything else is what the run is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,56 @@ class Run:
     tokenizer: Tokenizer
     step: int
     params: Any
+    system: str
+    """The system turn that the run's evaluation records begin with, or an empty string."""
+
+
+def claim(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, splits: Splits) -> None:
+    """Makes the run directory, or checks that the run in it is this one.
+
+    Raises:
+        UserError: it cannot be written, or it holds a run of another configuration or other data.
+    """
+    first = splits.eval[0].messages[0]
+    facts = {
+        "system": first.content if first.role == "system" else "",
+        "train_hash": splits.train.content_hash,
+        "eval_hash": splits.eval.content_hash,
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if (workdir / "config.json").exists():
+            _check_same_run(workdir, config, facts)
+        if jax.process_index() == 0:
+            tokenizer.save(workdir / "tokenizer.model")
+            _write(workdir / "run.json", json.dumps(facts, indent=2))
+            _write(workdir / "config.json", json.dumps(to_dict(config), indent=2))
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there: {error.strerror}; name another directory") from error
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n")
+    part.replace(path)
+
+
+def _check_same_run(workdir: pathlib.Path, config: Config, facts: dict[str, str]) -> None:
+    before = flatten(load_json(workdir / "config.json").to_dict())
+    for key, value in flatten(to_dict(config)).items():
+        fixed = not any(key == name or key.startswith(name + ".") for name in RESUMABLE)
+        if fixed and before[key] != value:
+            raise UserError(
+                f"{workdir}: holds a run with `{key}`={before[key]!r}, not {value!r}; "
+                f"set --config.{key}={before[key]} to go on with it, or take another --workdir"
+            )
+    saved = json.loads((workdir / "run.json").read_text())
+    for name, key in (("train_hash", "data.train"), ("eval_hash", "data.eval")):
+        if saved[name] != facts[name]:
+            raise UserError(
+                f"{workdir}: the records of `{key}` are not those the run began with; "
+                "bring the old file back, or take another --workdir"
+            )
 
 
 def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
@@ -38,9 +92,9 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     Raises:
         UserError: the directory is not that of a run, or no checkpoint can be read.
     """
-    for name in ("config.json", "tokenizer.model", "checkpoints"):
+    for name in FILES:
         if not (workdir / name).exists():
-            raise UserError(f"{workdir}: has no {name}; a run directory holds {CONTENTS}")
+            raise UserError(f"{workdir}: has no {name}; a run directory holds {', '.join(FILES)}")
     saved = freeze(load_json(workdir / "config.json"))
     config = config or saved
     config = dataclasses.replace(config, model=saved.model)  # its vocabulary size is known only there
@@ -53,4 +107,5 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
         parameter_shardings(mesh, axes),
     )
     step, params = restore_params(workdir / "checkpoints", abstract)
-    return Run(config, mesh, load_tokenizer(workdir / "tokenizer.model"), step, params)
+    facts = json.loads((workdir / "run.json").read_text())
+    return Run(config, mesh, load_tokenizer(workdir / "tokenizer.model"), step, params, facts["system"])

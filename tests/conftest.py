@@ -11,7 +11,9 @@ import jax
 import pytest
 
 chex.set_n_cpu_devices(8)
-CACHE = pathlib.Path(os.environ.get("LLM_JEPA_TEST_CACHE", pathlib.Path.home() / ".cache" / "llm_jepa_jax" / "test_xla"))
+CACHE = pathlib.Path(
+    os.environ.get("LLM_JEPA_TEST_CACHE", pathlib.Path.home() / ".cache" / "llm_jepa_jax" / "test_xla")
+)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -1,1 +1,187 @@
-def write_report(workdir): pass
+# SPDX-License-Identifier: Apache-2.0
+"""`report.html` of a run: one file that shows what happened, and says how to read it."""
+
+import base64
+import html
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from llm_jepa_jax.analysis import plots
+from llm_jepa_jax.objectives.diagnostics import effective_rank, pair_cosines, shuffled_cosines
+
+EXAMPLES_SHOWN = 12
+CSS = """
+body{font:15px/1.5 system-ui,sans-serif;color:#26323f;max-width:60rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2.2rem} .dim{color:#667380}
+.cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.2rem 0}
+.card{border:1px solid #dde3e8;border-radius:8px;padding:.6rem 1rem;min-width:7.5rem}
+.card b{display:block;font-size:1.35rem} .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(21rem,1fr));gap:1.2rem}
+figure{margin:0} img{width:100%} figcaption{color:#667380;font-size:.88rem}
+table{border-collapse:collapse;width:100%;font-size:.88rem} td,th{border-bottom:1px solid #e6eaee;padding:.35rem .5rem;text-align:left;vertical-align:top}
+code{font-family:ui-monospace,monospace;overflow-wrap:anywhere} .right{color:#3c8d5a} .wrong{color:#b5382f} pre{overflow:auto;background:#f5f7f9;padding:1rem}
+"""
+
+
+def write_report(run_directory: pathlib.Path) -> None:
+    """Writes `plots/*.png` and a self-contained `report.html` from what the run left in its directory.
+
+    Reads metrics.jsonl, eval/*.jsonl, analysis.npz and phases.json; what is missing is said to be missing.
+    """
+    metrics = _lines(run_directory / "metrics.jsonl")
+    config = json.loads((run_directory / "config.json").read_text())
+    analysis = run_directory / "analysis.npz"
+    embeddings = dict(np.load(analysis)) if analysis.exists() else {}
+    seconds = _json(run_directory / "phases.json")
+    figures = _curves(metrics) | _views(embeddings)
+    if seconds:
+        figures["phases"] = (plots.phases(seconds), "Wall-clock seconds, added over restarts.")
+    directory = run_directory / "plots"
+    directory.mkdir(exist_ok=True)
+    images = []
+    for name, (figure, caption) in figures.items():
+        figure.savefig(directory / f"{name}.png")
+        images.append(_image(directory / f"{name}.png", caption))
+    body = [
+        f"<h1>{html.escape(run_directory.absolute().name)}</h1>",
+        f'<p class="dim">{html.escape(_what(config))}</p>',
+        _cards(metrics, embeddings),
+        f'<div class="plots">{"".join(images)}</div>',
+        _generations(run_directory / "eval"),
+        f"<h2>Configuration</h2><details><summary>resolved keys</summary><pre>{html.escape(json.dumps(config, indent=2))}"
+        "</pre></details>",
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>LLM-JEPA run</title><style>{CSS}</style>'
+    page = f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>"
+    (run_directory / "report.html").write_text(page, encoding="utf-8")
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _what(config: dict[str, Any]) -> str:
+    model, jepa = config["model"], config["objective"]["jepa"]
+    views = (
+        f"λ {jepa['weight']:g}, k {jepa['num_predictors']}, loss dropout {jepa['dropout']:g}"
+        if jepa["weight"]
+        else "off"
+    )
+    return (
+        f"{model['num_layers']} layers of {model['embed_dim']}, vocabulary {model['vocab_size']}; JEPA: {views}; "
+        f"data: {config['data']['train']}; seed {config['seed']}"
+    )
+
+
+def series(metrics: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the finite values of one metric."""
+    return [(line["step"], line[name]) for line in metrics if isinstance(line.get(name), int | float)]
+
+
+def _curves(metrics: list[dict[str, Any]]) -> dict[str, tuple[Figure, str]]:
+    figures: dict[str, tuple[Figure, str]] = {}
+    ntp, jepa, scores = (series(metrics, name) for name in ("ntp_loss", "jepa_loss", "exact_match"))
+    if ntp:
+        figures["losses"] = (plots.losses(ntp, jepa), "Both should fall; JEPA falls without holding next-token back.")
+    named = {"pairs": series(metrics, "cos_pair"), "shuffled pairs": series(metrics, "cos_shuffled")}
+    if all(named.values()):
+        caption = "The gap is what the views say about each other. Both near 1: the embeddings have collapsed."
+        figures["cosine"] = (plots.curves("Cosine of the two views", named, "cosine"), caption)
+    if scores:
+        figures["exact_match"] = (plots.exact_match(scores), "Share of held-out answers equal to the gold answer.")
+    ranks = {"text view": series(metrics, "rank_text"), "code view": series(metrics, "rank_code")}
+    if all(ranks.values()):
+        caption = "exp of the entropy of the singular values of up to 256 pairs: near 1 means collapse."
+        figures["rank"] = (plots.curves("Effective rank of the embeddings", ranks, "dimensions"), caption)
+    speed = series(metrics, "tokens_per_s")
+    if speed:
+        figures["throughput"] = (
+            plots.curves("Throughput", {"tokens": speed}, "tokens a second"),
+            "Padding not counted.",
+        )
+    return figures
+
+
+def _views(embeddings: dict[str, np.ndarray]) -> dict[str, tuple[Figure, str]]:
+    if not embeddings or len(embeddings["text_PxD"]) < 5:
+        return {}
+    text, code = embeddings["text_PxD"], embeddings["code_PxD"]
+    spectra = {"trained": np.linalg.svd(text - code, compute_uv=False)}
+    if "text_init_PxD" in embeddings:
+        difference = embeddings["text_init_PxD"] - embeddings["code_init_PxD"]
+        spectra["before training"] = np.linalg.svd(difference, compute_uv=False)
+    return {
+        "singular_values": (plots.singular_values(spectra), "A steep fall: the two views differ in few directions."),
+        "cosine_histogram": (plots.cosine_histogram(text, code), "Pairs should stand right of shuffled pairs."),
+        "tsne": (plots.tsne(text, code), "Lines join the two views of one record; short lines mean they agree."),
+    }
+
+
+def _image(path: pathlib.Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _cards(metrics: list[dict[str, Any]], embeddings: dict[str, np.ndarray]) -> str:
+    def last(name: str) -> float | None:
+        values = series(metrics, name)
+        return values[-1][1] if values else None
+
+    speed = [value for _, value in series(metrics, "tokens_per_s")]
+    cards = {
+        "exact match": (last("exact_match"), lambda v: f"{100 * v:.1f}%"),
+        "next-token loss": (last("ntp_loss"), lambda v: f"{v:.3f}"),
+        "JEPA loss": (last("jepa_loss"), lambda v: f"{v:.3f}"),
+        "tokens a second": (float(np.median(speed)) if speed else None, lambda v: f"{v:,.0f}"),
+        "steps": (metrics[-1]["step"] if metrics else None, lambda v: f"{v:,}"),
+    }
+    if embeddings:
+        text, code = embeddings["text_PxD"], embeddings["code_PxD"]
+        cards |= {
+            "cos(pair), held out": (float(pair_cosines(text, code).mean()), lambda v: f"{v:.3f}"),
+            "cos(shuffled)": (float(shuffled_cosines(text, code).mean()), lambda v: f"{v:.3f}"),
+            "effective rank": (effective_rank(text), lambda v: f"{v:.0f}"),
+        }
+    shown = [
+        f'<div class="card"><b>{form(value)}</b>{html.escape(name)}</div>'
+        for name, (value, form) in cards.items()
+        if value is not None
+    ]
+    return f'<div class="cards">{"".join(shown)}</div>'
+
+
+def _generations(directory: pathlib.Path) -> str:
+    files = (
+        sorted(directory.glob("*.jsonl"), key=lambda path: int(path.stem.rpartition("-")[2]))
+        if directory.is_dir()
+        else []
+    )
+    if not files:
+        return "<h2>Generations</h2><p>This run has no evaluation.</p>"
+    lines = _lines(files[-1])
+    right = [line for line in lines if line["correct"]]
+    wrong = [line for line in lines if not line["correct"]]
+    rows = [_generation(line) for line in wrong[:EXAMPLES_SHOWN] + right[:EXAMPLES_SHOWN]]
+    return (
+        f"<h2>Generations</h2><p>{len(right)} of {len(lines)} right in <code>eval/{html.escape(files[-1].name)}</code>; "
+        f"up to {EXAMPLES_SHOWN} wrong ones, then right ones.</p>"
+        f"<table><tr><th></th><th>prompt</th><th>output</th><th>gold</th></tr>{''.join(rows)}</table>"
+    )
+
+
+def _generation(line: dict[str, Any]) -> str:
+    mark = '<span class="right">✓</span>' if line["correct"] else '<span class="wrong">✗</span>'
+    cut = "" if line["ended"] else ' <span class="dim">(cut)</span>'
+    cells = [mark, html.escape(line["prompt"]), f"<code>{html.escape(line['output'])}</code>{cut}"]
+    cells.append(f"<code>{html.escape(line['gold'])}</code>" if not line["correct"] else "")
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

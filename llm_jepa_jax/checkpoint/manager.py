@@ -127,7 +127,11 @@ def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | No
     Raises:
         UserError: there is no such checkpoint, or none can be read.
     """
-    found = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True) if directory.is_dir() else []
+    found = (
+        sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
+        if directory.is_dir()
+        else []
+    )
     wanted = found if step is None else [s for s in found if s == step]
     if not wanted:
         raise UserError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; train the run first")
@@ -143,4 +147,6 @@ def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | No
         except Exception as error:  # any failure to read means: not valid
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             LOG.warning("CHECKPOINT %s IS DAMAGED AND SKIPPED (%s)", directory / str(number), reason)
-    raise UserError(f"{directory}: none of the checkpoints {wanted} can be read; restore one from a copy or train again")
+    raise UserError(
+        f"{directory}: none of the checkpoints {wanted} can be read; restore one from a copy or train again"
+    )

@@ -43,7 +43,9 @@ def _show_row(row: dict[str, np.ndarray], number: int, tokenizer: Tokenizer, con
     for segment in range(1, int(row["segments"].max(initial=0)) + 1):
         places = np.flatnonzero(row["segments"] == segment)
         view = "text view" if places[-1] in texts else "code view" if places[-1] in codes else "conversation"
-        line = Text(f"{segment:3d} {view:<12} pos {row['positions'][places[0]]}–{row['positions'][places[-1]]}  ", "dim")
+        line = Text(
+            f"{segment:3d} {view:<12} pos {row['positions'][places[0]]}–{row['positions'][places[-1]]}  ", "dim"
+        )
         for place in places.tolist():
             line.append_text(_token(row, place, view, place in targets, tokenizer))
         if view != "conversation":

@@ -46,7 +46,11 @@ def slot_sizes(
     def size(given: int, needed: int) -> int:
         return given or min(shape.length, -(-needed // SLOT_MULTIPLE) * SLOT_MULTIPLE)
 
-    return RowShape(shape.length, size(shape.target_slots, needed_targets), size(shape.pair_slots, needed_pairs))
+    return dataclasses.replace(
+        shape,
+        target_slots=size(shape.target_slots, needed_targets),
+        pair_slots=size(shape.pair_slots, needed_pairs),
+    )
 
 
 def plan_rows(

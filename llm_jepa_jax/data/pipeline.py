@@ -62,8 +62,9 @@ class Epochs:
 
     def _shape(self) -> RowShape:
         data, jepa = self._config.data, self._config.objective.jepa
-        shape = RowShape(data.row_length, data.target_slots, data.pair_slots)
         fits, costs = self.fits_N, self._costs
+        longest = int(costs.longest_N[fits].max(initial=0))
+        shape = RowShape(data.row_length, data.target_slots, data.pair_slots, longest)
         if not fits.any():
             return shape
         share = np.full(int(fits.sum()), (1.0 - jepa.dropout) if jepa.weight else 0.0)

@@ -8,7 +8,9 @@ from typing import Any
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.chat import ROLES, Message
 
-SHAPES = '{"messages": [...]} with an optional system turn, then user and assistant turns, or {"text": ..., "code": ...}'
+SHAPES = (
+    '{"messages": [...]} with an optional system turn, then user and assistant turns, or {"text": ..., "code": ...}'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,9 @@ def _messages(value: Any, where: str) -> tuple[Message, ...]:
     for number, role in enumerate(roles[start:]):
         expected = "user" if number % 2 == 0 else "assistant"
         if role != expected:
-            raise UserError(f"{where}: `messages[{start + number}].role`={role!r} out of order; {expected!r} comes here")
+            raise UserError(
+                f"{where}: `messages[{start + number}].role`={role!r} out of order; {expected!r} comes here"
+            )
     if roles[-1] != "assistant":
         raise UserError(f"{where}: the conversation ends with {roles[-1]!r}; its last turn must be the assistant's")
     return tuple(messages)

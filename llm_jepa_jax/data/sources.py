@@ -88,7 +88,9 @@ class JsonlSource:
         try:
             line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{self.location(index)}: not UTF-8 at byte {error.start} of the line; save it as UTF-8") from error
+            raise UserError(
+                f"{self.location(index)}: not UTF-8 at byte {error.start} of the line; save it as UTF-8"
+            ) from error
         return parse_record(line, self.location(index))
 
 
@@ -123,7 +125,9 @@ class Subset:
 
     def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices = source, indices
-        self.content_hash = hashlib.sha256(source.content_hash.encode() + indices.astype(np.int64).tobytes()).hexdigest()
+        self.content_hash = hashlib.sha256(
+            source.content_hash.encode() + indices.astype(np.int64).tobytes()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -193,10 +197,23 @@ def open_splits(config: DataConfig, seed: int) -> Splits:
     return Splits(Subset(train, kept), weights[kept], Subset(train, np.sort(order[:held])))
 
 
+def absolute_paths(config: DataConfig) -> DataConfig:
+    """The configuration with absolute file names, so that a run can be opened from anywhere."""
+
+    def absolute(spec: str) -> str:
+        parts = [[text.strip() for text in part.partition("*")] for part in spec.split(",")]
+        named = [
+            (n if n in ("", "synthetic") else str(pathlib.Path(n).expanduser().absolute()), s, w) for n, s, w in parts
+        ]
+        return ",".join("".join(part) for part in named)
+
+    return dataclasses.replace(config, train=absolute(config.train), eval=absolute(config.eval))
+
+
 def _open_all(spec: str, key: str, config: DataConfig, split: str) -> tuple[Source, np.ndarray]:
     sources, weights = [], []
     for part in spec.split(","):
-        name, star, weight_text = part.strip().partition("*")
+        name, star, weight_text = (text.strip() for text in part.partition("*"))
         weight = _weight(weight_text, key, part) if star else 1.0
         if name == "synthetic":
             source: Source = SyntheticSource(split, config.synthetic_train, config.synthetic_eval)

@@ -52,6 +52,8 @@ class Costs:
     conversation_N: np.ndarray
     views_N: np.ndarray
     targets_N: np.ndarray
+    longest_N: np.ndarray
+    """Tokens of the longest segment of each."""
 
     def tokens(self, pair_N: np.ndarray) -> np.ndarray:
         """int64 [N] tokens of each example, given which have their pair."""
@@ -61,7 +63,9 @@ class Costs:
 def example_costs(corpus: TokenizedCorpus, config: Config) -> Costs:
     """Exact costs of every record under the objective."""
     predictors = config.objective.jepa.num_predictors
-    views_N = corpus.lengths("text_view") + corpus.lengths("code_view") + predictors
+    text_N, code_N = corpus.lengths("text_view") + predictors, corpus.lengths("code_view")
     if not config.objective.jepa.weight:
-        views_N = np.zeros_like(views_N)
-    return Costs(corpus.lengths("conversation"), views_N, corpus.num_targets(config.objective.ntp.targets))
+        text_N, code_N = np.zeros_like(text_N), np.zeros_like(code_N)
+    conversation_N = corpus.lengths("conversation")
+    longest_N = np.maximum(conversation_N, np.maximum(text_N, code_N))
+    return Costs(conversation_N, text_N + code_N, corpus.num_targets(config.objective.ntp.targets), longest_N)

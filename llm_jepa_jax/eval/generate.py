@@ -74,7 +74,9 @@ class Generator:
             tokens_BxS[row, first_slot_B[row] :] = prompt
         ended_B = np.arange(size) >= len(prompts)
         rows = rows_sharding(self.mesh)
-        arrays = [jax.make_array_from_callback(a.shape, rows, a.__getitem__) for a in (tokens_BxS, first_slot_B, ended_B)]
+        arrays = [
+            jax.make_array_from_callback(a.shape, rows, a.__getitem__) for a in (tokens_BxS, first_slot_B, ended_B)
+        ]
         with jax.set_mesh(self.mesh):
             return np.asarray(jax.device_get(self._compiled(params, *arrays)))
 

@@ -10,42 +10,75 @@ MASKED = -1e30
 """Score of a forbidden place: finite, so that a row of padding gives no NaN."""
 QUERY_BLOCK = 256
 """Queries whose scores exist at one time."""
+BLOCK_MULTIPLE = 32
+"""Blocks of short segments are a multiple of this."""
 
 
 def attend(
-    query_RxLxHxh: jax.Array, key_RxLxKxh: jax.Array, value_RxLxKxh: jax.Array, segments_RxL: jax.Array
+    query_RxLxHxh: jax.Array,
+    key_RxLxKxh: jax.Array,
+    value_RxLxKxh: jax.Array,
+    segments_RxL: jax.Array,
+    longest_segment: int = 0,
 ) -> jax.Array:
     """Each query attends to earlier keys (and its own) of its own segment; [R, L, H, h].
 
-    Queries are taken in blocks, each against the keys up to its own end, so that scores never take L² memory and
-    the upper triangle is not computed; a block's scores are computed again in the backward pass. Padding (segment 0)
-    attends to padding: its outputs are finite, and nothing else reads them.
+    Scores never take L² memory. Where segments are known to be short against the row, queries are taken in blocks of
+    that size against their own block and the one before; otherwise in longer blocks, each against the keys up to its
+    own end, with scores computed again in the backward pass. Padding (segment 0) attends to padding: its outputs are
+    finite, and nothing else reads them.
     """
     length = query_RxLxHxh.shape[1]
+    arrays = (query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, segments_RxL)
+    block = -(-longest_segment // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
+    if block and 2 * block < length:
+        return _attend_locally(*arrays, block)
     if length <= QUERY_BLOCK:
-        return _causal_block(query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, segments_RxL, segments_RxL, start=0)
+        return _causal_block(*arrays, segments_RxL, start=0)
     outputs = []
     for start in range(0, length, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, length)
-        block = jax.checkpoint(functools.partial(_causal_block, start=start))
-        outputs.append(
-            block(
-                query_RxLxHxh[:, start:end],
-                key_RxLxKxh[:, :end],
-                value_RxLxKxh[:, :end],
-                segments_RxL[:, start:end],
-                segments_RxL[:, :end],
-            )
-        )
+        query, key, value, segments = (array[:, :end] for array in arrays)
+        attend_block = jax.checkpoint(functools.partial(_causal_block, start=start))
+        outputs.append(attend_block(query[:, start:], key, value, segments, segments[:, start:]))
     return jnp.concatenate(outputs, axis=1)
+
+
+def _attend_locally(
+    query_RxLxHxh: jax.Array, key_RxLxKxh: jax.Array, value_RxLxKxh: jax.Array, segments_RxL: jax.Array, block: int
+) -> jax.Array:
+    """Attention where no segment has more than `block` tokens: block i sees blocks i - 1 and i, all in one product."""
+    rows, length = segments_RxL.shape
+    num_blocks = -(-length // block)
+
+    def cut(array: jax.Array) -> jax.Array:
+        """[R, L, ...] to [R, blocks, block, ...]; what is added has segment 0."""
+        room = [(0, 0), (0, num_blocks * block - length)] + [(0, 0)] * (array.ndim - 2)
+        return jnp.pad(array, room).reshape(rows, num_blocks, block, *array.shape[2:])
+
+    def with_previous(blocks: jax.Array) -> jax.Array:
+        """[R, blocks, block, ...] to [R * blocks, 2 * block, ...]: each behind the one before it."""
+        previous = jnp.pad(blocks, [(0, 0), (1, 0)] + [(0, 0)] * (blocks.ndim - 2))[:, :-1]
+        return jnp.concatenate([previous, blocks], axis=2).reshape(-1, 2 * block, *blocks.shape[3:])
+
+    query, segments = cut(query_RxLxHxh), cut(segments_RxL)
+    mixed = _causal_block(
+        query.reshape(-1, block, *query.shape[3:]),
+        with_previous(cut(key_RxLxKxh)),
+        with_previous(cut(value_RxLxKxh)),
+        with_previous(segments),
+        segments.reshape(-1, block),
+        start=block,
+    )
+    return mixed.reshape(rows, num_blocks * block, *mixed.shape[2:])[:, :length]
 
 
 def _causal_block(
     query_RxQxHxh: jax.Array,
     key_RxSxKxh: jax.Array,
     value_RxSxKxh: jax.Array,
-    segments_RxQ: jax.Array,
     segments_RxS: jax.Array,
+    segments_RxQ: jax.Array,
     start: int,
 ) -> jax.Array:
     places_Q = start + jnp.arange(query_RxQxHxh.shape[1])

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.attention import attend, attend_masked
-from llm_jepa_jax.models.ops import apply_rotary, rms_norm, swiglu
+from llm_jepa_jax.models.ops import apply_rotary, linear, rms_norm, swiglu
 from llm_jepa_jax.parallel.sharding import constrain
 
 
@@ -55,6 +55,8 @@ class LlamaModule(nn.Module):
 class Block(LlamaModule):
     """One decoder block: pre-norm attention and SwiGLU. In a scan its carry is (hidden, cache, layer)."""
 
+    longest_segment: int = 0
+    """No segment is longer (0: not known): attention need not look further back."""
     keep_kv: bool = False
     """Return this block's keys and values (prefill)."""
 
@@ -80,21 +82,21 @@ class Block(LlamaModule):
             query = self.weight("query", (embed, heads, width), ("embed", "heads", "head_dim"))
             key = self.weight("key", (embed, kv_heads, width), ("embed", "kv_heads", "head_dim"))
             value = self.weight("value", (embed, kv_heads, width), ("embed", "kv_heads", "head_dim"))
-            query_RxLxHxh = jnp.einsum("rld,dnh->rlnh", normed, query.astype(dtype))
-            key_RxLxKxh = jnp.einsum("rld,dnh->rlnh", normed, key.astype(dtype))
-            value_RxLxKxh = jnp.einsum("rld,dnh->rlnh", normed, value.astype(dtype))
+            query_RxLxHxh = linear(normed, query.astype(dtype))
+            key_RxLxKxh = linear(normed, key.astype(dtype))
+            value_RxLxKxh = linear(normed, value.astype(dtype))
             query_RxLxHxh = constrain(query_RxLxHxh, "rows", "length", "heads", "head_dim")
         with jax.named_scope("rope"):
             query_RxLxHxh, key_RxLxKxh = apply_rotary(query_RxLxHxh, tables), apply_rotary(key_RxLxKxh, tables)
         if decoding is None:
-            mixed_RxLxHxh = attend(query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, segments_RxL)
+            mixed_RxLxHxh = attend(query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, segments_RxL, self.longest_segment)
         else:
             cache = _write(cache, layer, decoding.slot, key_RxLxKxh, value_RxLxKxh)
             keys, values = cache.key_NxBxSxKxh[layer], cache.value_NxBxSxKxh[layer]
             mixed_RxLxHxh = attend_masked(query_RxLxHxh, keys, values, decoding.allowed_BxS[:, None, :])
         with jax.named_scope("out"):
             out = self.weight("out", (heads, width, embed), ("heads", "head_dim", "embed"), depth_scaled=True)
-            mixed_RxLxD = jnp.einsum("rlnh,nhd->rld", mixed_RxLxHxh, out.astype(dtype))
+            mixed_RxLxD = linear(mixed_RxLxHxh, out.astype(dtype))
         return mixed_RxLxD, cache, (key_RxLxKxh, value_RxLxKxh) if self.keep_kv else None
 
     def _mlp(self, hidden_RxLxD: Any) -> Any:
@@ -103,10 +105,8 @@ class Block(LlamaModule):
         gate = self.weight("gate", (config.embed_dim, config.mlp_dim), ("embed", "mlp"))
         up = self.weight("up", (config.embed_dim, config.mlp_dim), ("embed", "mlp"))
         down = self.weight("down", (config.mlp_dim, config.embed_dim), ("mlp", "embed"), depth_scaled=True)
-        inner = swiglu(
-            jnp.einsum("rld,df->rlf", normed, gate.astype(dtype)), jnp.einsum("rld,df->rlf", normed, up.astype(dtype))
-        )
-        return jnp.einsum("rlf,fd->rld", constrain(inner, "rows", "length", "mlp"), down.astype(dtype))
+        inner = swiglu(linear(normed, gate.astype(dtype)), linear(normed, up.astype(dtype)))
+        return linear(constrain(inner, "rows", "length", "mlp"), down.astype(dtype))
 
 
 def _write(cache: Cache, layer: Any, slot: Any, key_Bx1xKxh: Any, value_Bx1xKxh: Any) -> Cache:

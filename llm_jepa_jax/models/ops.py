@@ -50,3 +50,30 @@ def apply_rotary(x_RxLxHxh: jax.Array, tables: tuple[jax.Array, jax.Array]) -> j
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     """SiLU(gate) * up (Shazeer, 2020)."""
     return jax.nn.silu(gate) * up
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with; [..., *Out].
+
+    The number of contracted axes is `x.ndim - 2`: inputs are [R, L, *In]. The derivative by the weight is written as
+    one product of two matrices, tokens first. Differentiating an einsum leaves it to XLA:CPU to transpose the larger
+    operand, fused with whatever made it: a SwiGLU block forward and backward took 1.7 times as long.
+    """
+    return jnp.tensordot(x, weight, axes=x.ndim - 2)
+
+
+def _linear_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return linear(x, weight), (x, weight)
+
+
+def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    num_in = x.ndim - 2
+    outs = tuple(range(num_in, weight.ndim))
+    by_x = jnp.tensordot(grad, weight, axes=(tuple(range(2, grad.ndim)), outs))
+    by_weight = jax.lax.dot_general(x, grad, (((0, 1), (0, 1)), ((), ())))
+    return by_x, by_weight
+
+
+linear.defvjp(_linear_forward, _linear_backward)

@@ -28,6 +28,7 @@ class Decoder(LlamaModule):
 
     dtype: Any = jnp.float32
     remat: str = "none"
+    longest_segment: int = 0
     keep_kv: bool = False
 
     @nn.compact
@@ -54,7 +55,7 @@ class Decoder(LlamaModule):
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.param_dtype, keep_kv=self.keep_kv, name="layers")
+        )(config, self.param_dtype, self.longest_segment, self.keep_kv, name="layers")
         tables = rotary_tables(config, positions_RxL)
         start = (hidden_RxLxD, cache, jnp.zeros((), jnp.int32))
         (hidden_RxLxD, cache, _), kept = layers(start, tables, segments_RxL, decoding)
@@ -96,12 +97,14 @@ def forward(
     *,
     dtype: Any,
     remat: str = "none",
+    longest_segment: int = 0,
 ) -> jax.Array:
     """Hidden states after the final norm, [R, L, D] in the compute type.
 
     A token sees itself and earlier tokens of its own segment. States at padding (segment 0) mean nothing.
+    `longest_segment`, where it is known, is a promise that saves work: no segment has more tokens.
     """
-    decoder = Decoder(config, jnp.float32, dtype=dtype, remat=remat)
+    decoder = Decoder(config, jnp.float32, dtype=dtype, remat=remat, longest_segment=longest_segment)
     return decoder.apply({"params": params}, tokens_RxL, positions_RxL, segments_RxL)[0]
 
 

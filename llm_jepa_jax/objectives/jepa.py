@@ -34,9 +34,15 @@ def cosine(a_RxPxD: jax.Array, b_RxPxD: jax.Array) -> jax.Array:
 
 
 def jepa_sum(inputs: Inputs) -> jax.Array:
-    """Sum of 1 - cos over pairs, float32 scalar. The gradient reaches both views, as published."""
+    """Sum of 1 - cos over pairs, float32 scalar.
+
+    The gradient reaches both views, as published, unless `jepa.stop_gradient` holds the code view still.
+    """
     with jax.named_scope("jepa_loss"):
-        cosine_RxP = cosine(*pair_embeddings(inputs.hidden_RxLxD, inputs.batch))
+        text_RxPxD, code_RxPxD = pair_embeddings(inputs.hidden_RxLxD, inputs.batch)
+        if inputs.config.jepa.stop_gradient:
+            code_RxPxD = jax.lax.stop_gradient(code_RxPxD)
+        cosine_RxP = cosine(text_RxPxD, code_RxPxD)
         return jnp.sum((1.0 - cosine_RxP) * inputs.batch.pair_weight)
 
 

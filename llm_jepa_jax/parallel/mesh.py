@@ -33,7 +33,9 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
         if num_devices % (taken * size):
             left = num_devices // taken
             divisors = ", ".join(str(d) for d in range(1, left + 1) if left % d == 0)
-            raise UserError(f"config: `mesh.{axis}`={size} does not divide {left} devices; use {divisors}, or -1 to fill")
+            raise UserError(
+                f"config: `mesh.{axis}`={size} does not divide {left} devices; use {divisors}, or -1 to fill"
+            )
         taken *= size
     if filling:
         sizes[filling[0]] = num_devices // taken

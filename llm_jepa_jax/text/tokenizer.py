@@ -107,7 +107,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     reserved = NUM_BYTES + len(CONTROL_PIECES) + 2
     if vocab_size <= reserved:
-        raise UserError(f"config: `text.vocab_size`={vocab_size} must be above {reserved}, the reserved and byte pieces")
+        raise UserError(
+            f"config: `text.vocab_size`={vocab_size} must be above {reserved}, the reserved and byte pieces"
+        )
     model = io.BytesIO()
     options: dict[str, Any] = {
         "vocab_size": vocab_size,

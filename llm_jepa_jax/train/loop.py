@@ -131,7 +131,9 @@ def train(
     with phases.phase("restore or create the state"):
         restored = checkpoints.restore_latest(factory.abstract)
         step, state, meta = restored or (0, factory.create(), {})
-    LOG.info("starting from %s", f"checkpoint {step} of this run" if restored else f"random weights (seed {config.seed})")
+    LOG.info(
+        "starting from %s", f"checkpoint {step} of this run" if restored else f"random weights (seed {config.seed})"
+    )
 
     # --- metrics and data, both at `step`
     writer = MetricsWriter(workdir, step, config.log.tensorboard) if first_process else None
@@ -144,7 +146,8 @@ def train(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows_sharding(mesh)),
             abstract_batch(config.data.rows_per_step, data.shape),
         )
-        train_step = make_train_step(factory, data.num_steps).lower(factory.abstract, batch_shape).compile()
+        train_step = make_train_step(factory, data.num_steps, data.shape.longest_segment)
+        train_step = train_step.lower(factory.abstract, batch_shape).compile()
 
     # --- loop
     save = Saver(checkpoints, recorder, config)

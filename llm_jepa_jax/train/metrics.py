@@ -54,7 +54,9 @@ class Window:
 
     def idle_terms(self) -> list[str]:
         """Enabled terms that had no weight in the window."""
-        return [name.removesuffix("_weight") for name, value in self.sums.items() if name.endswith("_weight") and not value]
+        return [
+            name.removesuffix("_weight") for name, value in self.sums.items() if name.endswith("_weight") and not value
+        ]
 
 
 class MetricsWriter:

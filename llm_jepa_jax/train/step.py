@@ -24,7 +24,7 @@ DIAGNOSTIC_PAIRS = 256
 
 
 def loss_and_aux(
-    params: Any, batch: Batch, weights: dict[str, jax.Array], config: Config
+    params: Any, batch: Batch, weights: dict[str, jax.Array], config: Config, longest_segment: int = 0
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Total loss of these rows under the global `weights`, and what the metrics need.
 
@@ -35,6 +35,7 @@ def loss_and_aux(
     hidden_RxLxD = forward(
         params, config.model, batch.tokens, batch.positions, batch.segments,
         dtype=jnp.dtype(config.train.dtype), remat=config.train.remat,
+        longest_segment=longest_segment,
     )  # fmt: skip
     inputs = Inputs(hidden_RxLxD, head_kernel(params, config.model), batch, config.objective)
     total, sums = total_loss(inputs, weights)
@@ -56,13 +57,17 @@ def _split(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def gradients(params: Any, batch: Batch, config: Config) -> tuple[jax.Array, Any, dict[str, Any], dict[str, jax.Array]]:
+def gradients(
+    params: Any, batch: Batch, config: Config, longest_segment: int = 0
+) -> tuple[jax.Array, Any, dict[str, Any], dict[str, jax.Array]]:
     """Total loss, its gradient, metrics parts and term weights of a global batch, over its micro-batches.
 
     Every term is divided by its weight over the whole batch, so the result does not depend on how it is cut.
     """
     weights = term_weights(batch, config.objective)
-    value_and_grad = jax.value_and_grad(lambda p, part: loss_and_aux(p, part, weights, config), has_aux=True)
+    value_and_grad = jax.value_and_grad(
+        lambda p, part: loss_and_aux(p, part, weights, config, longest_segment), has_aux=True
+    )
     parts = config.train.micro_batches
     if parts == 1:
         (total, aux), grads = value_and_grad(params, batch)
@@ -108,7 +113,9 @@ def _metrics(batch: Batch, aux: dict[str, Any], weights: dict[str, jax.Array]) -
     return {"sums": sums, "embeddings": aux["pairs"]}
 
 
-def make_train_step(factory: StateFactory, num_steps: int) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
+def make_train_step(
+    factory: StateFactory, num_steps: int, longest_segment: int = 0
+) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state passed in is donated.
 
     A non-finite loss or gradient norm leaves parameters and optimizer untouched and is counted.
@@ -118,7 +125,7 @@ def make_train_step(factory: StateFactory, num_steps: int) -> Callable[[TrainSta
     shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-        total, grads, aux, weights = gradients(state.params, batch, config)
+        total, grads, aux, weights = gradients(state.params, batch, config, longest_segment)
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings.params)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The notebook façade: a trained model as one object."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right
+from llm_jepa_jax.eval.generate import Generator
+from llm_jepa_jax.models.transformer import head_kernel
+from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
+from llm_jepa_jax.run_directory import Run, open_run
+from llm_jepa_jax.text.chat import Message, render_prompt, render_view
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A run's newest checkpoint, ready to use."""
+
+    run: Run
+
+    @property
+    def tokenizer(self):  # noqa: ANN201
+        """The run's tokenizer: `encode(text)`, `decode(ids)`."""
+        return self.run.tokenizer
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.run.config.train.dtype)
+
+    def hidden(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Hidden states after the final norm of each sequence of token ids: float32 [length, D] each.
+
+        Raises:
+            UserError: a sequence is empty, too long, or holds an id outside the vocabulary.
+        """
+        self._check(ids)
+        if not ids:
+            return []
+        rows = -(-len(ids) // num_row_shards(self.run.mesh)) * num_row_shards(self.run.mesh)
+        arrays = pad_right(ids, rows)
+        with jax.set_mesh(self.run.mesh):
+            placed = [jax.device_put(array, rows_sharding(self.run.mesh)) for array in arrays]
+            hidden_RxLxD = hidden_states(self.run.params, *placed, config=self.run.config.model, dtype=self._dtype)
+        host = np.asarray(hidden_RxLxD.astype(jnp.float32))
+        return [host[row, : len(sequence)] for row, sequence in enumerate(ids)]
+
+    def logits(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Next-token logits of each sequence: float32 [length, V] each; errors as in `hidden`."""
+        head_DxV = np.asarray(head_kernel(self.run.params, self.run.config.model).astype(jnp.float32))
+        return [hidden_LxD @ head_DxV for hidden_LxD in self.hidden(ids)]
+
+    def _check(self, ids: Sequence[Sequence[int]]) -> None:
+        model = self.run.config.model
+        for number, sequence in enumerate(ids):
+            if not 0 < len(sequence) <= model.max_positions:
+                raise UserError(f"ids[{number}] has {len(sequence)} tokens; use 1 to {model.max_positions}")
+            if min(sequence) < 0 or max(sequence) >= model.vocab_size:
+                raise UserError(f"ids[{number}] holds an id outside 0 to {model.vocab_size - 1}")
+
+    def encode(self, texts: Sequence[str], num_predictors: int | None = None, role: str = "user") -> np.ndarray:
+        """Embeddings of views, float32 [n, D].
+
+        `role="user"` gives Pred(Enc(text)) with `num_predictors` predictor tokens (default: as trained);
+        `role="assistant"` gives Enc(code), which has none.
+        """
+        jepa, tokenizer = self.run.config.objective.jepa, self.run.tokenizer
+        if role not in ("user", "assistant"):
+            raise UserError(f"role={role!r}; use 'user' (text view) or 'assistant' (code view)")
+        count = (jepa.num_predictors if role == "user" else 0) if num_predictors is None else num_predictors
+        if not 0 <= count <= len(tokenizer.predictor_ids):
+            raise UserError(f"num_predictors={count}; use 0 to {len(tokenizer.predictor_ids)}")
+        predictors = list(tokenizer.predictor_ids[:count])
+        views = [render_view(tokenizer, role, text, jepa.view_end) + predictors for text in texts]
+        return encode(self.run.params, self.run.config.model, views, self.run.mesh, self._dtype)
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int | None = None, system: str | None = None
+    ) -> list[str]:
+        """Greedy answers to user prompts. `system` defaults to the system turn of the run's evaluation data."""
+        config = self.run.config
+        generator = Generator(
+            config.model, self.run.tokenizer, self.run.mesh, max_new_tokens or config.eval.max_new_tokens,
+            config.eval.batch_size, self._dtype,
+        )  # fmt: skip
+        system = self.run.system if system is None else system
+        turns = [Message("system", system)] if system else []
+        ids = [render_prompt(self.run.tokenizer, [*turns, Message("user", prompt)]) for prompt in prompts]
+        return [self.run.tokenizer.decode(new) for new, _ in generator(self.run.params, ids)]
+
+
+def load(directory: str | pathlib.Path) -> LanguageModel:
+    """Opens a run directory.
+
+    Raises:
+        UserError: it is not one, or none of its checkpoints can be read.
+    """
+    return LanguageModel(open_run(pathlib.Path(directory).expanduser()))
