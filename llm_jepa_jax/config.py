@@ -121,9 +121,19 @@ class JepaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VicregConfig:
+    weight: float = key(0.0, "weight of the spread of both views' embeddings, which keeps JEPA from collapsing; 0: off")
+    target_std: float = key(
+        0.8, "standard deviation below which a dimension is pushed apart (embeddings of length sqrt(D))"
+    )
+    covariance: float = key(0.04, "weight of the squared covariances against the standard deviations (published: 1/25)")
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     ntp: NtpConfig = section(NtpConfig, "next-token prediction")
     jepa: JepaConfig = section(JepaConfig, "joint-embedding prediction between the two views")
+    vicreg: VicregConfig = section(VicregConfig, "variance and covariance regularisation of the views")
     head_chunk: int = key(256, "target slots of a row whose logits exist at one time", "slots")
 
 
@@ -286,7 +296,7 @@ def describe() -> str:
     lines = [
         "# Configuration keys",
         "",
-        "Made from `llm_jepa_jax/config.py` by `python -m llm_jepa_jax.config > docs/config.md`; a test checks that it is fresh.",
+        "Made from `llm_jepa_jax/config.py` by `python -m llm_jepa_jax.config > docs/config.md`.",
         "Set a key with `--config.SECTION.KEY=VALUE`. Unknown keys and contradictions stop the run with the fix.",
     ]
     lines += _describe(Config, "", "")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What presets share: every one of them takes `:smoke`."""
+"""What presets share: the Llama 3 family's settings, and `:smoke`, which every preset takes."""
 
 import ml_collections
 
+from llm_jepa_jax.config import base_config
 from llm_jepa_jax.errors import UserError
 
 
@@ -17,6 +18,24 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
     return smoke(config) if arg else config
 
 
+def llama3() -> ml_collections.ConfigDict:
+    """What Llama 3.1 and 3.2 models share, and how LLM-JEPA is trained on them; a preset adds the shape.
+
+    λ, k and the learning rate are the published fine-tuning setting; with loss dropout α, λ · (1 − α) is kept at 1.
+    """
+    config = base_config()
+    config.text.vocab_size = 32768
+    config.model.update(vocab_size=128256, max_positions=131072, rope_theta=500000.0, norm_eps=1e-5)
+    config.data.update(row_length=8192, rows_per_step=256)
+    config.objective.ntp.targets = "all"
+    config.objective.jepa.update(weight=4.0, num_predictors=1, dropout=0.75)
+    config.mesh.update(data=1, fsdp=-1)
+    config.opt.update(learning_rate=2e-5, warmup_steps=100, weight_decay=0.1)
+    config.train.update(dtype="bfloat16", remat="full")
+    config.eval.update(max_new_tokens=512, batch_size=128)
+    return config
+
+
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks sizes and lengths, and keeps what makes the preset itself: dtypes, remat, rope, tying, objective."""
     config.text.tokenizer, config.text.vocab_size = "", 512
@@ -27,6 +46,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         vocab_size=0, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128,
         max_positions=1024,
     )  # fmt: skip
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.opt.warmup_steps = 1
     config.train.num_steps, config.train.num_epochs = 4, 0
     config.checkpoint.every_steps = 2

@@ -7,6 +7,68 @@ from collections.abc import Callable
 from llm_jepa_jax.config import NUM_RESERVED_PREDICTORS, Config
 from llm_jepa_jax.errors import UserError
 
+POSITIVE = [
+    "text.vocab_size",
+    "data.row_length",
+    "data.rows_per_step",
+    "data.synthetic_train",
+    "data.synthetic_eval",
+    "model.embed_dim",
+    "model.num_layers",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.mlp_dim",
+    "model.max_positions",
+    "model.rope_theta",
+    "model.norm_eps",
+    "model.init_std",
+    "model.rope_scaling.factor",
+    "model.rope_scaling.original_max_positions",
+    "objective.head_chunk",
+    "opt.learning_rate",
+    "opt.eps",
+    "train.micro_batches",
+    "train.max_skipped",
+    "train.profile_steps",
+    "checkpoint.keep_last",
+    "eval.max_new_tokens",
+    "eval.batch_size",
+    "eval.num_examples",
+    "log.every_steps",
+]
+NOT_NEGATIVE = [
+    "seed",
+    "data.target_slots",
+    "data.pair_slots",
+    "data.workers",
+    "model.vocab_size",
+    "objective.ntp.weight",
+    "objective.jepa.weight",
+    "objective.vicreg.weight",
+    "objective.vicreg.covariance",
+    "opt.warmup_steps",
+    "opt.weight_decay",
+    "opt.clip_norm",
+    "train.num_steps",
+    "train.num_epochs",
+    "train.profile_start",
+    "checkpoint.every_steps",
+    "checkpoint.keep_best",
+    "eval.every_steps",
+    "eval.final_examples",
+    "log.report_pairs",
+]
+SHARES = [
+    "objective.vicreg.target_std",
+    "data.eval_share",
+    "data.max_dropped_share",
+    "objective.jepa.dropout",
+    "opt.final_scale",
+    "opt.beta1",
+    "opt.beta2",
+]
+
 
 def _fail(key: str, value: object, why: str) -> None:
     raise UserError(f"config: `{key}`={value} {why}")
@@ -21,6 +83,7 @@ def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
     _check_ranges(config)
     _check_data(config)
     _check_objective(config)
+    _check_vicreg(config)
     _check_train(config, mesh_shape)
     _check_model(config, mesh_shape)
     return config
@@ -46,24 +109,10 @@ def with_vocabulary(config: Config, tokenizer_size: int, tensor: int) -> Config:
 
 
 def _check_ranges(config: Config) -> None:
-    positive = (
-        "text.vocab_size data.row_length data.rows_per_step data.synthetic_train data.synthetic_eval "
-        "model.embed_dim model.num_layers model.num_heads model.num_kv_heads model.head_dim model.mlp_dim "
-        "model.max_positions model.rope_theta model.norm_eps model.init_std model.rope_scaling.factor "
-        "model.rope_scaling.original_max_positions objective.head_chunk opt.learning_rate opt.eps "
-        "train.micro_batches train.max_skipped train.profile_steps checkpoint.keep_last "
-        "eval.max_new_tokens eval.batch_size eval.num_examples log.every_steps"
-    ).split()
-    not_negative = (
-        "seed data.target_slots data.pair_slots data.workers model.vocab_size objective.ntp.weight objective.jepa.weight "
-        "opt.warmup_steps opt.weight_decay opt.clip_norm train.num_steps train.num_epochs train.profile_start "
-        "checkpoint.every_steps checkpoint.keep_best eval.every_steps eval.final_examples log.report_pairs"
-    ).split()
-    shares = "data.eval_share data.max_dropped_share objective.jepa.dropout opt.final_scale opt.beta1 opt.beta2".split()
     rules: tuple[tuple[list[str], Callable[[float], bool], str], ...] = (
-        (positive, lambda value: value > 0, "must be above 0"),
-        (not_negative, lambda value: value >= 0, "must not be negative"),
-        (shares, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+        (POSITIVE, lambda value: value > 0, "must be above 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+        (SHARES, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
     )
     for keys, holds, why in rules:
         for key in keys:
@@ -110,6 +159,23 @@ def _check_objective(config: Config) -> None:
         )
 
 
+def _check_vicreg(config: Config) -> None:
+    if not config.objective.vicreg.weight:
+        return
+    if not config.objective.jepa.weight:
+        _fail(
+            "objective.vicreg.weight",
+            config.objective.vicreg.weight,
+            "has no views; set `objective.jepa.weight` above 0",
+        )
+    if config.train.micro_batches > 1:
+        _fail(
+            "objective.vicreg.weight",
+            config.objective.vicreg.weight,
+            f"needs all pairs of a step at once, but `train.micro_batches`={config.train.micro_batches}; use 1",
+        )
+
+
 def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:
     train, rows = config.train, config.data.rows_per_step
     if not train.num_steps and not train.num_epochs:
@@ -119,7 +185,7 @@ def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:
     if rows % unit:
         _fail(
             "data.rows_per_step", rows,
-            f"does not divide into {train.micro_batches} micro-batches over {shards} devices of the data and fsdp axes; "
+            f"does not divide into {train.micro_batches} micro-batches over {shards} devices of data and fsdp; "
             f"use a multiple of {unit}, such as {-(-rows // unit) * unit}",
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight simulated devices, one shared compile cache, and the reference data where it is present."""
+"""Eight simulated devices, one shared compile cache, small fixtures, and the reference data where it is present."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -8,7 +9,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import chex
 import jax
+import numpy as np
 import pytest
+
+from llm_jepa_jax.batch import FIELDS, Batch
+from llm_jepa_jax.config import Config, freeze
+from llm_jepa_jax.data import synthetic
+from llm_jepa_jax.data.pipeline import TrainData, make_train_data
+from llm_jepa_jax.data.sources import open_splits
+from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 chex.set_n_cpu_devices(8)
 CACHE = pathlib.Path(
@@ -18,6 +27,10 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+SMALL_MODEL = {
+    "vocab_size": 512, "embed_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+    "mlp_dim": 64, "max_positions": 512,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +45,47 @@ def shared_dir() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"reference data not found at {path}; set LLM_JEPA_SHARED to its directory")
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    records, _ = synthetic.generate(300, 30)
+    return train_tokenizer((message.content for record in records for message in record.messages), 512)
+
+
+def small_config(cache_dir: pathlib.Path, **sections: dict) -> Config:
+    """A configuration that trains in seconds; `sections` change it, such as `data={"layout": "padded"}`."""
+    values = {
+        "data": {
+            "synthetic_train": 60, "synthetic_eval": 10, "row_length": 256, "rows_per_step": 8,
+            "cache_dir": str(cache_dir),
+        },
+        "model": dict(SMALL_MODEL),
+        "opt": {"warmup_steps": 2},
+        "objective": {},
+        "train": {"num_steps": 4, "num_epochs": 0},
+    }  # fmt: skip
+    for name, changes in sections.items():
+        values.setdefault(name, {})
+        for key, value in changes.items():
+            if isinstance(value, dict):
+                values[name].setdefault(key, {}).update(value)
+            else:
+                values[name][key] = value
+    return freeze(values)
+
+
+def small_data(config: Config, tokenizer: Tokenizer) -> TrainData:
+    splits = open_splits(config.data, config.seed)
+    return make_train_data(config, tokenizer, splits.train, splits.weights)
+
+
+def host_batch(data: TrainData, step: int = 0) -> Batch:
+    """A step's global batch as numpy arrays."""
+    rows, size = data.rows(), data.config.data.rows_per_step
+    picked = [rows[step * size + i] for i in range(size)]
+    return Batch(**{name: np.stack([row[name] for row in picked]) for name in FIELDS})
+
+
+def replace_rows(batch: Batch, **changes: np.ndarray) -> Batch:
+    return dataclasses.replace(batch, **changes)

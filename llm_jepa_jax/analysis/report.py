@@ -19,10 +19,14 @@ body{font:15px/1.5 system-ui,sans-serif;color:#26323f;max-width:60rem;margin:2re
 h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2.2rem} .dim{color:#667380}
 .cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.2rem 0}
 .card{border:1px solid #dde3e8;border-radius:8px;padding:.6rem 1rem;min-width:7.5rem}
-.card b{display:block;font-size:1.35rem} .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(21rem,1fr));gap:1.2rem}
+.card b{display:block;font-size:1.35rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(21rem,1fr));gap:1.2rem}
 figure{margin:0} img{width:100%} figcaption{color:#667380;font-size:.88rem}
-table{border-collapse:collapse;width:100%;font-size:.88rem} td,th{border-bottom:1px solid #e6eaee;padding:.35rem .5rem;text-align:left;vertical-align:top}
-code{font-family:ui-monospace,monospace;overflow-wrap:anywhere} .right{color:#3c8d5a} .wrong{color:#b5382f} pre{overflow:auto;background:#f5f7f9;padding:1rem}
+table{border-collapse:collapse;width:100%;font-size:.88rem}
+td,th{border-bottom:1px solid #e6eaee;padding:.35rem .5rem;text-align:left;vertical-align:top}
+code{font-family:ui-monospace,monospace;overflow-wrap:anywhere}
+.right{color:#3c8d5a} .wrong{color:#b5382f}
+pre{overflow:auto;background:#f5f7f9;padding:1rem}
 """
 
 
@@ -51,10 +55,13 @@ def write_report(run_directory: pathlib.Path) -> None:
         _cards(metrics, embeddings),
         f'<div class="plots">{"".join(images)}</div>',
         _generations(run_directory / "eval"),
-        f"<h2>Configuration</h2><details><summary>resolved keys</summary><pre>{html.escape(json.dumps(config, indent=2))}"
-        "</pre></details>",
+        "<h2>Configuration</h2><details><summary>resolved keys</summary>"
+        f"<pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>LLM-JEPA run</title><style>{CSS}</style>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>LLM-JEPA run</title><style>{CSS}</style>"
+    )
     page = f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>"
     (run_directory / "report.html").write_text(page, encoding="utf-8")
 
@@ -173,7 +180,8 @@ def _generations(directory: pathlib.Path) -> str:
     wrong = [line for line in lines if not line["correct"]]
     rows = [_generation(line) for line in wrong[:EXAMPLES_SHOWN] + right[:EXAMPLES_SHOWN]]
     return (
-        f"<h2>Generations</h2><p>{len(right)} of {len(lines)} right in <code>eval/{html.escape(files[-1].name)}</code>; "
+        "<h2>Generations</h2>"
+        f"<p>{len(right)} of {len(lines)} right in <code>eval/{html.escape(files[-1].name)}</code>: "
         f"up to {EXAMPLES_SHOWN} wrong ones, then right ones.</p>"
         f"<table><tr><th></th><th>prompt</th><th>output</th><th>gold</th></tr>{''.join(rows)}</table>"
     )

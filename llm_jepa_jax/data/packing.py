@@ -74,10 +74,7 @@ def plan_rows(
     pairs = pairs_N[order_N].astype(np.int64).tolist()
     if tokens and (max(tokens) > shape.length or max(targets) > shape.target_slots):
         raise ValueError("an example is larger than a row")
-    if packed:
-        row_N = _best_fit(tokens, targets, pairs, shape)
-    else:
-        row_N = list(range(len(tokens)))
+    row_N = _best_fit(tokens, targets, pairs, shape) if packed else list(range(len(tokens)))
     rows = np.asarray(row_N, np.int64)
     by_row = np.argsort(rows, kind="stable")
     counts = np.bincount(rows, minlength=int(rows.max()) + 1 if len(rows) else 0)

@@ -190,7 +190,8 @@ def open_splits(config: DataConfig, seed: int) -> Splits:
     held = round(len(train) * config.eval_share)
     if not 0 < held < len(train):
         raise UserError(
-            f"config: `data.eval_share`={config.eval_share} of {len(train)} records leaves a split empty; set `data.eval`"
+            f"config: `data.eval_share`={config.eval_share} of {len(train)} records leaves a split empty; "
+            "set `data.eval`"
         )
     order = np.random.default_rng([seed, len(train)]).permutation(len(train))
     kept = np.sort(order[held:])

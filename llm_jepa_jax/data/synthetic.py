@@ -28,7 +28,23 @@ CLASSES = (
     ("a vowel", "[AEIOUaeiou]"),
     ("any character", "."),
 )
-WORDS = "apple bridge cloud engine forest garden hammer island jacket lemon moon river stone tiger window".split()
+WORDS = (
+    "apple",
+    "bridge",
+    "cloud",
+    "engine",
+    "forest",
+    "garden",
+    "hammer",
+    "island",
+    "jacket",
+    "lemon",
+    "moon",
+    "river",
+    "stone",
+    "tiger",
+    "window",
+)
 VERBS = (
     (("contain", "have"), ".*{}.*"),
     (("start with", "begin with"), "{}.*"),

@@ -9,8 +9,9 @@ from llm_jepa_jax.config import ObjectiveConfig
 from llm_jepa_jax.objectives.jepa import JEPA
 from llm_jepa_jax.objectives.ntp import NTP
 from llm_jepa_jax.objectives.term import Inputs, Objective
+from llm_jepa_jax.objectives.vicreg import VICREG
 
-OBJECTIVES: tuple[Objective, ...] = (NTP, JEPA)
+OBJECTIVES: tuple[Objective, ...] = (NTP, JEPA, VICREG)
 """Every objective there is: a new one is a file and an entry here."""
 
 

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published code's losses and gradient norms on its own inputs (three passes, appended predictors)."""
+
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from llm_jepa_jax.batch import Batch
+from llm_jepa_jax.config import Config, DataConfig, JepaConfig, NtpConfig, ObjectiveConfig
+from llm_jepa_jax.train.step import gradients
+from tests.test_model import golden_model
+
+
+def reference_batch(golden, expected, predictors):
+    """The reference's rows as one of ours each: conversation, text view and code view behind one another."""
+    name = f"synth/k{predictors}_f0_r0"
+    parts = [(golden["synth/input_ids"], golden["synth/attention_mask"])]
+    parts += [(golden[f"{name}/input_ids_{v}"], golden[f"{name}/attention_mask_{v}"]) for v in ("user", "assistant")]
+    length = parts[0][0].shape[1]
+    tokens = np.concatenate([ids for ids, _ in parts], axis=1).astype(np.int32)
+    segments = np.concatenate([mask * number for number, (_, mask) in enumerate(parts, start=1)], axis=1)
+    positions = np.tile(np.arange(length, dtype=np.int32), (len(tokens), 3))
+    mask = parts[0][1]
+    index = np.broadcast_to(np.arange(length - 1, dtype=np.int32), (len(tokens), length - 1))
+    ones = np.ones((len(tokens), 1), np.float32)
+    return Batch(
+        tokens=tokens,
+        positions=positions,
+        segments=segments.astype(np.int32),
+        target_index=index,
+        targets=tokens[:, 1:length],
+        target_weight=mask[:, 1:].astype(np.float32),
+        predictor_index=length + np.array(expected["index_user"], np.int32)[:, None],
+        code_index=2 * length + np.array(expected["index_assistant"], np.int32)[:, None],
+        pair_weight=ones,
+        num_examples=np.ones(len(tokens), np.int32),
+    )
+
+
+@pytest.mark.parametrize("last_token", [-1, -2])
+@pytest.mark.parametrize("predictors", [0, 1, 3])
+def test_losses_and_gradient_norms(shared_dir, predictors, last_token):
+    model, params, golden = golden_model(shared_dir)
+    values = json.loads((shared_dir / "goldens" / "goldens.json").read_text())["finetune"]
+    expected = values[f"synth/k{predictors}_f0_r0_three_lt{last_token}_cosine"]
+    batch = reference_batch(golden, expected, predictors)
+    objective = ObjectiveConfig(
+        ntp=NtpConfig(targets="all"), jepa=JepaConfig(weight=1.0, num_predictors=predictors), head_chunk=50
+    )
+    config = Config(model=model, objective=objective, data=DataConfig(rows_per_step=8))
+    total, grads, aux, weights = jax.jit(lambda p, b: gradients(p, b, config))(params, batch)
+    ntp, jepa = (float(aux["sums"][name] / weights[name]) for name in ("ntp", "jepa"))
+    assert ntp == pytest.approx(expected["ntp"], rel=1e-5)
+    assert jepa == pytest.approx(expected["jepa"], rel=1e-5)
+    assert float(total) == pytest.approx(expected["total"], rel=1e-5)
+    assert float(optax.global_norm(grads)) == pytest.approx(expected["grad_norm"], rel=1e-4)

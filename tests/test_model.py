@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import importlib.util
+import json
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jepa_jax.config import ModelConfig, RopeScalingConfig, freeze
+from llm_jepa_jax.models import attention
+from llm_jepa_jax.models.ops import linear, rotary_frequencies
+from llm_jepa_jax.models.transformer import (
+    abstract_params,
+    count_params,
+    decode_step,
+    forward,
+    head_kernel,
+    init_params,
+    prefill,
+)
+from tests.conftest import SMALL_MODEL
+
+CONFIG = ModelConfig(**SMALL_MODEL)
+PARAMS = init_params(jax.random.key(0), CONFIG, jnp.float32)
+LENGTHS = (5, 17, 9, 20)
+
+
+def packed(lengths=LENGTHS, length=64):
+    """One row of segments with these lengths, then padding."""
+    tokens = np.random.default_rng(0).integers(1, 512, length).astype(np.int32)
+    segments, positions = np.zeros(length, np.int32), np.zeros(length, np.int32)
+    place = 0
+    for number, size in enumerate(lengths, start=1):
+        segments[place : place + size] = number
+        positions[place : place + size] = np.arange(size)
+        place += size
+    return tokens[None], positions[None], segments[None]
+
+
+def hidden_of(embedding_LxD, row, longest):
+    """Hidden states [L, D] as a function of the row's own token embeddings, through a table of one row a place."""
+    _, positions, segments = row
+    params = PARAMS | {"embedding": embedding_LxD}
+    places = np.arange(positions.shape[1], dtype=np.int32)[None]
+    config = dataclasses.replace(CONFIG, vocab_size=positions.shape[1])
+    return forward(params, config, places, positions, segments, dtype=jnp.float32, longest_segment=longest)[0]
+
+
+@pytest.mark.parametrize("query_block", [16, 64])
+@pytest.mark.parametrize("longest", [0, 20])
+def test_no_gradient_from_a_later_token_another_segment_or_padding(monkeypatch, query_block, longest):
+    """By gradient: a place's state depends on exactly the earlier places of its own segment."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", query_block)
+    monkeypatch.setattr(attention, "BLOCK_MULTIPLE", 4)
+    row = packed(length=64)
+    embedding = PARAMS["embedding"][row[0][0]]
+    directions = np.random.default_rng(1).normal(size=CONFIG.embed_dim).astype(np.float32)
+    jacobian = jax.jacrev(lambda e: hidden_of(e, row, longest) @ directions)(embedding)
+    depends = np.abs(np.asarray(jacobian)).sum(-1) > 0
+    segments = row[2][0]
+    expected = np.tril(segments[:, None] == segments[None, :])
+    real = segments > 0
+    np.testing.assert_array_equal(depends[real], expected[real])
+    assert np.isfinite(np.asarray(jacobian)).all()
+
+
+@pytest.mark.parametrize("longest", [0, 20])
+def test_packed_segments_equal_segments_alone(longest):
+    tokens, positions, segments = packed()
+    whole = forward(PARAMS, CONFIG, tokens, positions, segments, dtype=jnp.float32, longest_segment=longest)
+    place = 0
+    for size in LENGTHS:
+        here = slice(place, place + size)
+        alone = forward(
+            PARAMS, CONFIG, tokens[:, here], np.arange(size)[None], np.ones((1, size), np.int32), dtype=jnp.float32
+        )
+        np.testing.assert_allclose(whole[0, here], alone[0], atol=2e-6)
+        place += size
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize(("block", "longest"), [(8, 0), (64, 0), (64, 10), (64, 31), (64, 32)])
+def test_attention_equals_a_dense_reference(monkeypatch, heads, block, longest):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "BLOCK_MULTIPLE", 8)
+    length, width = 70, 8
+    sizes = [10, 7, 3, 10, 9] if longest == 10 else [31, 20, 10]
+    segments = np.repeat(np.arange(1, len(sizes) + 1), sizes)
+    segments = np.pad(segments, (0, length - len(segments)))[None]
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (
+        jax.random.normal(k, (1, length, n, width)) for k, n in zip(keys, (heads[0], heads[1], heads[1]), strict=True)
+    )
+    allowed = np.tril(segments[0][:, None] == segments[0][None, :])
+
+    def dense(query, key, value):
+        key, value = (jnp.repeat(x, heads[0] // heads[1], axis=2) for x in (key, value))
+        scores = jnp.einsum("rqnh,rsnh->rnqs", query, key) / math.sqrt(width)
+        shares = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("rnqs,rsnh->rqnh", shares, value)
+
+    def loss(function):
+        weights = jax.random.normal(jax.random.key(9), (1, length, heads[0], width)) * (segments > 0)[..., None, None]
+        return lambda *arrays: (function(*arrays) * weights).sum()
+
+    def ours(*arrays):
+        return attention.attend(*arrays, jnp.asarray(segments), longest)
+
+    used = (segments > 0)[0]
+    np.testing.assert_allclose(ours(query, key, value)[0, used], dense(query, key, value)[0, used], atol=1e-5)
+    grads = [jax.grad(loss(function), (0, 1, 2))(query, key, value) for function in (ours, dense)]
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a[0, used], b[0, used], atol=1e-5)
+
+
+def test_linear_has_the_gradient_of_its_einsum():
+    x, weight = jax.random.normal(jax.random.key(0), (2, 3, 4, 5)), jax.random.normal(jax.random.key(1), (4, 5, 6))
+    ours = jax.grad(lambda x, w: (linear(x, w) ** 3).sum(), (0, 1))(x, weight)
+    plain = jax.grad(lambda x, w: (jnp.einsum("rlnh,nhd->rld", x, w) ** 3).sum(), (0, 1))(x, weight)
+    chex.assert_trees_all_close(ours, plain, rtol=1e-4)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_nothing(remat):
+    row = packed()
+
+    def loss(params, policy):
+        return (forward(params, CONFIG, *row, dtype=jnp.float32, remat=policy) ** 2).sum()
+
+    chex.assert_trees_all_close(
+        jax.value_and_grad(loss)(PARAMS, "none"), jax.value_and_grad(loss)(PARAMS, remat), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_cached_decoding_equals_the_full_forward():
+    tokens = np.random.default_rng(0).integers(1, 512, (2, 24)).astype(np.int32)
+    first = np.array([0, 5], np.int32)
+    whole = []
+    for row in range(2):
+        alone = tokens[row : row + 1, first[row] :]
+        length = alone.shape[1]
+        whole.append(
+            forward(PARAMS, CONFIG, alone, np.arange(length)[None], np.ones((1, length), np.int32), dtype=jnp.float32)[
+                0
+            ]
+        )
+    hidden, cache = prefill(PARAMS, CONFIG, tokens[:, :12], first, 24, dtype=jnp.float32)
+    for slot in range(12, 25):
+        for row in range(2):
+            np.testing.assert_allclose(hidden[row], whole[row][slot - 1 - first[row]], atol=1e-5)
+        if slot < 24:
+            hidden, cache = decode_step(PARAMS, CONFIG, tokens[:, slot], slot, first, cache, dtype=jnp.float32)
+
+
+def test_llama31_frequencies_follow_the_published_rule():
+    """Wavelengths below 8192 / 4 are kept, above 8192 / 1 divided by the factor, blended between."""
+    config = dataclasses.replace(CONFIG, head_dim=128, rope_scaling=RopeScalingConfig(factor=8.0))
+    scaled, plain = rotary_frequencies(config), rotary_frequencies(dataclasses.replace(CONFIG, head_dim=128))
+    kinds = set()
+    for old, new in zip(plain.astype(float), scaled.astype(float), strict=True):
+        wavelength = 2 * math.pi / old
+        if wavelength < 8192 / 4:
+            expected, kind = old, "kept"
+        elif wavelength > 8192:
+            expected, kind = old / 8, "divided"
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            expected, kind = (1 - smooth) * old / 8 + smooth * old, "blended"
+        kinds.add(kind)
+        assert new == pytest.approx(expected, rel=1e-5)
+    assert kinds == {"kept", "divided", "blended"}
+
+
+def test_half_precision_stays_near_and_parameters_stay_wide():
+    row = packed()
+    wide = forward(PARAMS, CONFIG, *row, dtype=jnp.float32)
+    narrow = forward(PARAMS, CONFIG, *row, dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.bfloat16
+    used = row[2][0] > 0
+    error = jnp.abs(narrow[0, used].astype(jnp.float32) - wide[0, used]).mean() / jnp.abs(wide[0, used]).mean()
+    assert 1e-6 < error < 0.03
+    grads = jax.grad(lambda p: forward(p, CONFIG, *row, dtype=jnp.bfloat16).astype(jnp.float32).sum())(PARAMS)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [("llama1b", 1_235_814_400), ("llama3b", 3_212_749_824), ("llama8b", 8_030_261_248), ("llama70b", 70_553_706_496)],
+)
+def test_presets_have_the_published_parameter_counts(repository, preset, published):
+    spec = importlib.util.spec_from_file_location(preset, repository / "configs" / f"{preset}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = freeze(module.get_config()).model
+    assert count_params(abstract_params(model, jnp.float32)[0]) == published
+
+
+def golden_model(shared_dir):
+    """The reference's tiny Llama: configuration, parameters, and its arrays."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    directory = shared_dir / "goldens"
+    hf = json.loads((directory / "tiny_llama" / "config.json").read_text())
+    weights = safetensors.load_file(directory / "tiny_llama" / "model.safetensors")
+    config = ModelConfig(
+        vocab_size=hf["vocab_size"], embed_dim=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
+        num_heads=hf["num_attention_heads"], num_kv_heads=hf["num_key_value_heads"], head_dim=hf["head_dim"],
+        mlp_dim=hf["intermediate_size"], rope_theta=hf["rope_theta"], norm_eps=hf["rms_norm_eps"], tie_embeddings=True,
+    )  # fmt: skip
+    return config, llama_params(weights, config), np.load(directory / "goldens.npz")
+
+
+def llama_params(weights, config):
+    """Published Llama names to ours."""
+    heads = {"query": ("q", config.num_heads), "key": ("k", config.num_kv_heads), "value": ("v", config.num_kv_heads)}
+
+    def stack(name, convert):
+        return jnp.stack([convert(weights[f"model.layers.{i}.{name}.weight"]) for i in range(config.num_layers)])
+
+    layers = {
+        ours: stack(f"self_attn.{letter}_proj", lambda w, n=n: w.T.reshape(config.embed_dim, n, config.head_dim))
+        for ours, (letter, n) in heads.items()
+    }
+    layers["out"] = stack("self_attn.o_proj", lambda w: w.T.reshape(config.num_heads, config.head_dim, -1))
+    layers |= {name: stack(f"mlp.{name}_proj", lambda w: w.T) for name in ("gate", "up", "down")}
+    layers["attention_norm"] = stack("input_layernorm", lambda w: w)
+    layers["mlp_norm"] = stack("post_attention_layernorm", lambda w: w)
+    params = {
+        "embedding": jnp.asarray(weights["model.embed_tokens.weight"]),
+        "layers": layers,
+        "final_norm": jnp.asarray(weights["model.norm.weight"]),
+    }
+    if not config.tie_embeddings:
+        params["head"] = jnp.asarray(weights["lm_head.weight"].T)
+    return params
+
+
+def test_reference_hidden_states_and_logits(shared_dir):
+    """Final hidden states and logits of the published code's tiny model, on attended places."""
+    config, params, golden = golden_model(shared_dir)
+    tokens, mask = golden["synth/input_ids"].astype(np.int32), golden["synth/attention_mask"].astype(np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    hidden = np.asarray(forward(params, config, tokens, positions, mask, dtype=jnp.float32))
+    used = mask > 0
+    expected = golden["synth/hidden_2"]
+    assert np.abs(hidden - expected)[used].max() / np.abs(expected[used]).max() < 1e-5
+    logits = hidden[0] @ np.asarray(head_kernel(params, config))
+    expected = golden["synth/logits_row0"]
+    assert np.abs(logits - expected)[used[0]].max() / np.abs(expected[used[0]]).max() < 1e-5

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_jepa_jax.batch import RowShape
+from llm_jepa_jax.data.packing import plan_rows, shuffled, slot_sizes
+from llm_jepa_jax.data.views import copies, has_pair, uniform
+from tests.conftest import small_config
+
+EXAMPLES = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 1)), min_size=1, max_size=80)
+
+
+@settings(max_examples=60, deadline=None)
+@given(examples=EXAMPLES, seed=st.integers(0, 99), target_slots=st.integers(20, 64), pair_slots=st.integers(1, 6))
+def test_every_example_once_and_no_row_over_its_limits(examples, seed, target_slots, pair_slots):
+    tokens = np.array([size for size, _ in examples])
+    targets, pairs = np.minimum(tokens // 2, 20), np.array([pair for _, pair in examples])
+    shape = RowShape(64, target_slots, pair_slots)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(examples))
+    plan = shuffled(plan_rows(order, tokens, targets, pairs, shape), rng)
+    assert sorted(plan.examples.tolist()) == list(range(len(examples)))
+    assert plan.tokens == tokens.sum()
+    for row in range(len(plan)):
+        members = plan[row]
+        assert len(members) > 0
+        assert tokens[members].sum() <= shape.length
+        assert targets[members].sum() <= shape.target_slots
+        assert pairs[members].sum() <= shape.pair_slots
+
+
+def test_best_fit_takes_the_fullest_row_that_fits():
+    tokens = np.array([50, 40, 20, 10])
+    zeros = np.zeros(4, np.int64)
+    plan = plan_rows(np.arange(4), tokens, zeros, zeros, RowShape(64, 8, 8))
+    # 50 | 40, 20 | and 10 goes to the row with 14 left, not to the one with 4
+    assert [plan[row].tolist() for row in range(len(plan))] == [[0, 3], [1, 2]]
+
+
+def test_unpacked_rows_hold_one_example_and_large_ones_raise():
+    tokens = np.array([50, 40, 20])
+    zeros = np.zeros(3, np.int64)
+    plan = plan_rows(np.array([2, 0, 1]), tokens, zeros, zeros, RowShape(64, 8, 8), packed=False)
+    assert plan.examples.tolist() == [2, 0, 1] and len(plan) == 3
+    with pytest.raises(ValueError, match="larger than a row"):
+        plan_rows(np.arange(3), tokens, zeros, zeros, RowShape(49, 8, 8))
+
+
+def test_slots_always_hold_the_largest_example():
+    tokens, targets, pairs = np.array([10.0] * 50), np.array([1] * 49 + [60]), np.ones(50)
+    shape = slot_sizes(tokens, targets, pairs, RowShape(128, 0, 0), packed=True)
+    assert shape.target_slots >= 60 and shape.pair_slots >= 12
+    given_sizes = slot_sizes(tokens, targets, pairs, RowShape(128, 70, 3), packed=True)
+    assert dataclasses.astuple(given_sizes)[:3] == (128, 70, 3)
+
+
+def test_draws_depend_on_seed_epoch_and_example_alone(tmp_path):
+    config = small_config(tmp_path, objective={"jepa": {"dropout": 0.75}})
+    every = np.arange(20000)
+    pairs = has_pair(config, 3, every)
+    assert abs(pairs.mean() - 0.25) < 0.01
+    picked = np.random.default_rng(0).permutation(20000)[:100]
+    assert (has_pair(config, 3, picked) == pairs[picked]).all()
+    assert 0.3 < (has_pair(config, 4, every) != pairs).mean() < 0.45  # 2 · 0.25 · 0.75 where draws are independent
+    other = dataclasses.replace(config, seed=1)
+    assert 0.3 < (has_pair(other, 3, every) != pairs).mean() < 0.45
+
+
+def test_draws_are_uniform():
+    draws = uniform(0, 0, 1, np.arange(100000))
+    counts, _ = np.histogram(draws, bins=20, range=(0, 1))
+    assert draws.min() >= 0 and draws.max() < 1
+    assert (np.abs(counts - 5000) < 350).all()  # five standard deviations
+
+
+def test_dropout_extremes_and_copies(tmp_path):
+    every = np.arange(1000)
+    assert not has_pair(small_config(tmp_path, objective={"jepa": {"dropout": 1.0}}), 0, every).any()
+    assert not has_pair(small_config(tmp_path, objective={"jepa": {"weight": 0.0}}), 0, every).any()
+    config = small_config(tmp_path)
+    assert has_pair(config, 0, every).all()
+    number = copies(config, 0, np.full(20000, 2.25))
+    assert set(number.tolist()) == {2, 3} and abs(number.mean() - 2.25) < 0.02

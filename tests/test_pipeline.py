@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+from rich.console import Console
+
+from llm_jepa_jax.batch import check_batch
+from llm_jepa_jax.data.inspect import show_rows
+from llm_jepa_jax.data.sources import JsonlSource
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.text.chat import render, render_view
+from tests.conftest import host_batch, small_config, small_data
+
+
+def batches(data, step, count, process=0, processes=1):
+    iterator = data.iterator(step, process, processes)
+    out = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return out
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("layout", ["separate", "padded"])
+@pytest.mark.parametrize("targets", ["assistant", "all"])
+@pytest.mark.parametrize("predictors", [0, 3])
+def test_rows_say_what_the_records_say(tmp_path, tokenizer, layout, targets, predictors):
+    """Every segment, position, target and pointer of two epochs, rebuilt from the records."""
+    objective = {"ntp": {"targets": targets}, "jepa": {"num_predictors": predictors, "dropout": 0.5}}
+    config = small_config(
+        tmp_path, data={"layout": layout}, objective=objective, train={"num_steps": 0, "num_epochs": 2}
+    )
+    data = small_data(config, tokenizer)
+    source = data_source(config)
+    expected = {"conversation": {}, "pair": {}}
+    for i in range(len(source)):
+        rendered = render(tokenizer, source[i].messages)
+        keep = rendered.assistant_target if targets == "assistant" else np.arange(len(rendered.tokens)) > 0
+        expected["conversation"][tuple(rendered.tokens.tolist())] = np.flatnonzero(keep).tolist()
+        text = render_view(tokenizer, "user", source[i].text, "content") + list(tokenizer.predictor_ids[:predictors])
+        expected["pair"][tuple(text)] = tuple(render_view(tokenizer, "assistant", source[i].code, "content"))
+    seen_conversations, seen_pairs = [], 0
+    for row in (data.rows()[i] for i in range(len(data.rows()))):
+        found = check_row(row, expected)
+        seen_conversations += found[0]
+        seen_pairs += found[1]
+        if layout == "padded":
+            assert row["num_examples"] <= 1
+    assert sorted(seen_conversations) == sorted([*expected["conversation"]] * 2)
+    every = np.arange(60)
+    assert seen_pairs == sum(int(data.epochs.pairs(epoch, every).sum()) for epoch in range(2)) > 0
+
+
+def data_source(config):
+    from llm_jepa_jax.data.sources import open_splits
+
+    return open_splits(config.data, config.seed).train
+
+
+def check_row(row, expected):
+    """Checks one row against `expected`; its conversations and number of pairs."""
+    segments, tokens = row["segments"], row["tokens"]
+    count = int(segments.max(initial=0))
+    places = [np.flatnonzero(segments == number) for number in range(1, count + 1)]
+    assert (segments[: sum(map(len, places))] > 0).all() and not tokens[segments == 0].any()
+    wanted_targets, conversations = [], []
+    for place in places:
+        np.testing.assert_array_equal(place, np.arange(place[0], place[-1] + 1))
+        np.testing.assert_array_equal(row["positions"][place], np.arange(len(place)))
+        content = tuple(tokens[place].tolist())
+        if content in expected["conversation"]:
+            conversations.append(content)
+            wanted_targets += [place[0] + i for i in expected["conversation"][content]]
+    used = row["target_weight"] > 0
+    np.testing.assert_array_equal(row["target_index"][used] + 1, wanted_targets)
+    np.testing.assert_array_equal(row["targets"][used], tokens[wanted_targets])
+    assert row["num_examples"] == len(conversations)
+    ends = {int(place[-1]): tuple(tokens[place].tolist()) for place in places}
+    pairs = np.flatnonzero(row["pair_weight"])
+    for pair in pairs:
+        text, code = ends[int(row["predictor_index"][pair])], ends[int(row["code_index"][pair])]
+        assert expected["pair"][text] == code
+    assert len(places) == len(conversations) + 2 * len(pairs)
+    for name in ("target_index", "targets"):
+        assert not row[name][~used].any()
+    return conversations, len(pairs)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_hold_the_blocks_of_the_same_global_batch(tmp_path, tokenizer, processes):
+    data = small_data(small_config(tmp_path), tokenizer)
+    whole = batches(data, 0, 3)
+    parts = [batches(data, 0, 3, p, processes) for p in range(processes)]
+    joined = [{name: np.concatenate([part[s][name] for part in parts]) for name in whole[s]} for s in range(3)]
+    assert_same(whole, joined)
+
+
+def test_resumed_stream_goes_on_where_it_was(tmp_path, tokenizer):
+    data = small_data(small_config(tmp_path, train={"num_steps": 12}), tokenizer)  # more than one epoch
+    assert data.epochs.locate(12 * 8 - 1)[0] >= 2
+    whole = batches(data, 0, 12)
+    fresh = small_data(data.config, tokenizer)
+    assert_same(whole[7:], batches(fresh, 7, 5))
+
+
+def test_worker_processes_give_the_same_stream(tmp_path, tokenizer):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    config = small_config(tmp_path)
+    data = small_data(config, tokenizer)
+    with_workers = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
+    workers = dataclasses.replace(data, config=with_workers)
+    assert_same(batches(data, 1, 3), batches(workers, 1, 3))
+
+
+def test_batches_keep_the_contract_and_the_tail_is_padding(tmp_path, tokenizer):
+    config = small_config(tmp_path, train={"num_steps": 0, "num_epochs": 1})
+    data = small_data(config, tokenizer)
+    check_batch(host_batch(data), 8, data.shape)
+    all_batches = batches(data, 0, data.num_steps)
+    assert sum(int(b["num_examples"].sum()) for b in all_batches) == 60
+    tail = data.num_steps * 8 - data.end
+    assert 0 < tail < 8
+    last = all_batches[-1]
+    assert not last["segments"][-tail:].any() and not last["target_weight"][-tail:].any()
+    longest = max(int((last["segments"] == s).sum(axis=1).max()) for s in range(1, 10))
+    assert longest <= data.shape.longest_segment
+
+
+def test_records_that_do_not_fit_are_counted_and_refused_past_the_share(tmp_path, tokenizer, caplog):
+    path = tmp_path / "a.jsonl"
+    lines = [{"text": f"number {i}", "code": "a" * (400 if i in (3, 7) else 1)} for i in range(20)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"train": str(path), "eval": str(path), "row_length": 64, "max_dropped_share": 0.1}
+    found = small_data(small_config(tmp_path, data=data), tokenizer)
+    assert found.dropped.count == 2 and found.dropped.first == (f"{path}:4", f"{path}:8")
+    assert f"2 of 20 records do not fit data.row_length=64: {path}:4" in caplog.text
+    assert found.summary()["examples"] == 18
+    with pytest.raises(UserError, match=r"above data.max_dropped_share=9.0%; set data.row_length=\d+"):
+        small_data(small_config(tmp_path, data=data | {"max_dropped_share": 0.09}), tokenizer)
+
+
+def test_a_wrong_record_names_its_line(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "code": "b"}\n{"text": "a"}\n')
+    assert len(JsonlSource(path)) == 2
+    with pytest.raises(UserError, match=r"a.jsonl:2: `text` without `code`"):
+        small_data(small_config(tmp_path, data={"train": str(path), "eval": str(path)}), tokenizer)
+
+
+def test_inspection_shows_views_and_fill(tmp_path, tokenizer):
+    data = small_data(small_config(tmp_path), tokenizer)
+    out = io.StringIO()
+    show_rows(data, tokenizer, 1, Console(file=out, width=200))
+    text = out.getvalue()
+    for words in (
+        "text view",
+        "code view",
+        "<|predictor_1|>",
+        "← pair 0",
+        "padding",
+        f"fill {data.summary()['fill']:.1%}",
+    ):
+        assert words in text, words

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import importlib.util
+import json
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jepa_jax.batch import FIELDS, RowShape, abstract_batch
+from llm_jepa_jax.config import MeshConfig, freeze
+from llm_jepa_jax.models.transformer import init_params
+from llm_jepa_jax.parallel.mesh import make_mesh
+from llm_jepa_jax.parallel.sharding import global_batch, parameter_spec, rows_sharding
+from llm_jepa_jax.train.optimizer import learning_rate
+from llm_jepa_jax.train.state import state_factory
+from llm_jepa_jax.train.step import gradients, make_train_step
+from tests.conftest import host_batch, replace_rows, small_config, small_data
+
+STEPS = 4
+
+
+def losses_of(config, tokenizer, devices):
+    """Total loss of each of a few steps, and the last state."""
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    data = small_data(config, tokenizer)
+    factory = state_factory(config, mesh, STEPS)
+    state, losses = factory.create(), []
+    step = make_train_step(factory, STEPS, data.shape.longest_segment)
+    with jax.set_mesh(mesh):
+        for number in range(STEPS):
+            batch = host_batch(data, number)
+            batch = global_batch(mesh, {name: getattr(batch, name) for name in FIELDS})
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["last"]["total_loss"]))
+    return losses, state
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "micro_batches"),
+    [
+        ({"data": 8}, 8, 1),
+        ({"fsdp": 8, "data": 1}, 8, 1),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, 1),
+        ({"data": 1}, 1, 4),
+        ({"fsdp": 2, "data": 1}, 2, 4),
+    ],
+)
+def test_devices_and_micro_batches_change_nothing(tmp_path, tokenizer, mesh, devices, micro_batches):
+    objective = {"jepa": {"dropout": 0.4}}
+    plain, state = losses_of(small_config(tmp_path, objective=objective), tokenizer, 1)
+    config = small_config(tmp_path, objective=objective, mesh=mesh, train={"micro_batches": micro_batches})
+    other, other_state = losses_of(config, tokenizer, devices)
+    np.testing.assert_allclose(other, plain, rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, other_state.params)
+    assert max(jax.tree.leaves(moved)) < 2e-4  # Adam divides tiny gradients by themselves
+
+
+def test_micro_batches_add_gradients_by_weight(tmp_path, tokenizer):
+    """Even when all targets and pairs lie in one micro-batch."""
+    config = small_config(tmp_path)
+    batch = host_batch(small_data(config, tokenizer))
+    lonely = np.array([1, 0, 0, 0, 1, 0, 0, 0], np.float32)[:, None]
+    batch = replace_rows(batch, target_weight=batch.target_weight * lonely, pair_weight=batch.pair_weight * lonely)
+    params = init_params(jax.random.key(0), config.model, jnp.float32)
+    cut = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batches=4))
+    whole, parts = gradients(params, batch, config), gradients(params, batch, cut)
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
+    chex.assert_trees_all_close(parts[1], whole[1], rtol=1e-4, atol=1e-7)
+    chex.assert_trees_all_close(parts[2]["sums"], whole[2]["sums"], rtol=1e-6)
+
+
+def test_packed_and_padded_rows_give_each_example_the_same_loss_and_gradient(tmp_path, tokenizer):
+    sections = {"objective": {"jepa": {"dropout": 0.5}}, "train": {"num_steps": 0, "num_epochs": 1}}
+    params = None
+    results = {}
+    for layout in ("separate", "padded"):
+        config = small_config(tmp_path, data={"layout": layout, "shuffle": False, "synthetic_train": 24}, **sections)
+        data = small_data(config, tokenizer)
+        params = init_params(jax.random.key(0), config.model, jnp.float32) if params is None else params
+        rows = [data.rows()[i] for i in range(data.end)]
+        results[layout] = [example_terms(row, params, config) for row in rows]
+    packed = {key: value for row in results["separate"] for key, value in row.items()}
+    padded = {key: value for row in results["padded"] for key, value in row.items()}
+    assert packed.keys() == padded.keys() and len(packed) == 24
+    for key, (loss, grads) in packed.items():
+        np.testing.assert_allclose(loss, padded[key][0], rtol=1e-6)
+        chex.assert_trees_all_close(grads, padded[key][1], rtol=1e-4, atol=1e-6)
+
+
+def example_terms(row, params, config):
+    """{conversation: (its loss, its gradient)} of each example of a row, by leaving only its slots in."""
+    from llm_jepa_jax.batch import Batch
+
+    segments = row["segments"]
+    owner = {}  # segment to conversation: views follow theirs
+    current = None
+    ends = set(row["predictor_index"][row["pair_weight"] > 0]) | set(row["code_index"][row["pair_weight"] > 0])
+    for number in range(1, segments.max() + 1):
+        place = np.flatnonzero(segments == number)
+        if place[-1] not in ends:
+            current = tuple(row["tokens"][place].tolist())
+        owner[number] = current
+    out = {}
+    for conversation in set(owner.values()):
+        mine = np.array([owner.get(int(s)) == conversation for s in segments])
+        kept = dict(row)
+        kept["target_weight"] = row["target_weight"] * mine[row["target_index"]]
+        kept["pair_weight"] = row["pair_weight"] * mine[row["predictor_index"]]
+        batch = Batch(**{name: kept[name][None] for name in FIELDS})
+        total, grads, _, _ = gradients(params, batch, config)
+        out[conversation] = (total, grads)
+    return out
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path, tokenizer):
+    config = small_config(tmp_path)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    data = small_data(config, tokenizer)
+    factory = state_factory(config, mesh, STEPS)
+    step = make_train_step(factory, STEPS)
+    good = host_batch(data)
+    bad = replace_rows(good, target_weight=good.target_weight * np.float32(np.inf))
+    state = factory.create()
+    before = jax.tree.map(np.array, (state.params, state.opt_state))
+    skipped = []
+    with jax.set_mesh(mesh):
+        for batch in (bad, bad, good):
+            batch = global_batch(mesh, {name: getattr(batch, name) for name in FIELDS})
+            state, metrics = step(state, batch)
+            skipped.append((int(metrics["last"]["skipped_steps"]), int(metrics["last"]["skipped_in_row"])))
+            if len(skipped) == 2:
+                chex.assert_trees_all_equal(jax.tree.map(np.array, (state.params, state.opt_state)), before)
+    assert skipped == [(1, 1), (2, 2), (2, 0)] and int(state.step) == 3
+    assert not np.array_equal(np.array(state.params["embedding"]), before[0]["embedding"])
+
+
+def test_norms_are_not_decayed(tmp_path):
+    opt = {"learning_rate": 0.5, "weight_decay": 1.0, "schedule": "constant", "warmup_steps": 0}
+    factory = state_factory(small_config(tmp_path, opt=opt), make_mesh(MeshConfig(), jax.devices()[:1]), 10)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), factory.abstract.params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = factory.optimizer.update(zeros, factory.optimizer.init(params), params)
+    decayed = {jax.tree_util.keystr(path): float(leaf.ravel()[0]) for path, leaf in jax.tree.leaves_with_path(updates)}
+    for name, update in decayed.items():
+        assert update == (0.0 if "norm" in name else pytest.approx(-0.5)), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"), [("cosine", 0.55, 0.1), ("linear", 0.55, 0.1), ("constant", 1, 1)]
+)
+def test_schedules(tmp_path, schedule, middle, last):
+    opt = {"learning_rate": 1.0, "schedule": schedule, "warmup_steps": 10, "final_scale": 0.1}
+    rate = learning_rate(small_config(tmp_path, opt=opt).opt, 110)
+    assert 0 < rate(0) < rate(5) < rate(10) == 1.0
+    assert rate(60) == pytest.approx(middle, abs=1e-5) and rate(110) == pytest.approx(last, abs=1e-5)
+
+
+def preset(repository, name):
+    spec = importlib.util.spec_from_file_location(name, repository / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return freeze(module.get_config())
+
+
+def test_the_8b_step_lowers_with_every_large_parameter_sharded(repository):
+    config = preset(repository, "llama8b")
+    config = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=4, tensor=2))
+    mesh = make_mesh(config.mesh)
+    factory = state_factory(config, mesh, 100)
+    for path, leaf in jax.tree.leaves_with_path(factory.abstract):
+        shard = np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        if leaf.size * leaf.dtype.itemsize > 2**20:
+            assert shard * 8 == leaf.size * leaf.dtype.itemsize, jax.tree_util.keystr(path)
+    shape = RowShape(config.data.row_length, 2048, 16)
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows_sharding(mesh)),
+        abstract_batch(8, shape),
+    )
+    with jax.set_mesh(mesh):
+        text = make_train_step(factory, 100).lower(factory.abstract, batch).as_text()
+    assert "sdy.sharding_constraint" in text or "Sharding" in text
+
+
+@pytest.mark.parametrize("name", ["llama1b", "llama8b", "llama70b"])
+def test_storage_specs_are_the_recorded_ones(repository, name):
+    """Golden dump of every parameter's spec; write the new value into tests/specs.json if the change is meant."""
+    config = preset(repository, name)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    factory = state_factory(config, mesh, 100)
+    specs = {
+        jax.tree_util.keystr(path): str(leaf.sharding.spec)
+        for path, leaf in jax.tree.leaves_with_path(factory.abstract)
+    }
+    recorded = json.loads((repository / "tests" / "specs.json").read_text())[name]
+    assert specs == recorded
+
+
+def test_two_logical_axes_cannot_share_a_mesh_axis():
+    with pytest.raises(ValueError, match="share a mesh axis"):
+        parameter_spec(("vocab", "mlp"))
