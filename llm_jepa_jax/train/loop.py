@@ -21,7 +21,7 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.models.transformer import model_flops
 from llm_jepa_jax.objectives.diagnostics import collapse_metrics
 from llm_jepa_jax.parallel.sharding import global_batch, rows_sharding
-from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, valid_pairs
+from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, last_values, valid_pairs
 from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar, loss_text
 from llm_jepa_jax.train.state import StateFactory, TrainState
@@ -48,13 +48,15 @@ class Result:
 class Recorder:
     """Reads a step's metrics one step late, adds them to the window, and writes a line each period."""
 
-    def __init__(self, config: Config, writer: MetricsWriter | None, window: Window, mesh: Mesh):
+    def __init__(
+        self, config: Config, writer: MetricsWriter | None, window: Window, mesh: Mesh, last: dict[str, float]
+    ):
         self._config, self._writer, self.window = config, writer, window
         self._pending: tuple[int, Any] | None = None
         self._peak = device_peak_flops(mesh.devices.flat[0].device_kind)
         self._num_devices = mesh.size
         self.restart_clock()
-        self.last: dict[str, float] = {}
+        self.last = last
 
     def push(self, step: int, metrics: Any, waited: float) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the step before."""
@@ -130,81 +132,76 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     with phases.phase("restore or create the state"):
         restored = checkpoints.restore_latest(factory.abstract)
-        step, state, meta = restored or (0, factory.create(), {})
+        first_step, state, meta = restored or (0, factory.create(), {})
+    step = first_step
     LOG.info(
         "starting from %s", f"checkpoint {step} of this run" if restored else f"random weights (seed {config.seed})"
     )
 
     # --- metrics and data, both at `step`
     writer = MetricsWriter(workdir, step, config.log.tensorboard) if first_process else None
-    recorder = Recorder(config, writer, Window(meta.get("window")), mesh)
+    last, written = last_values(workdir, step)
+    recorder = Recorder(config, writer, Window(meta.get("window")), mesh, last)
     batches = data.iterator(step, jax.process_index(), jax.process_count())
 
-    # --- compile
-    with phases.phase("compile the step"), jax.set_mesh(mesh):
-        batch_shape = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows_sharding(mesh)),
-            abstract_batch(config.data.rows_per_step, data.shape),
-        )
-        train_step = make_train_step(factory, data.num_steps, data.shape.longest_segment)
-        train_step = train_step.lower(factory.abstract, batch_shape).compile()
+    with phases.phase("compile the step"):
+        train_step = _compiled_step(factory, data)
 
     # --- loop
     save = Saver(checkpoints, recorder, config)
-    failure: FloatingPointError | None = None
     started = time.monotonic()
-    with _stop_on_sigterm() as stop, Bar("train", data.num_steps, step, first_process) as bar, _closing(batches):
-        recorder.restart_clock()
-        with jax.transfer_guard("disallow"):
+    try:
+        with (
+            _stop_on_sigterm() as stop,
+            Bar("train", data.num_steps, step, first_process) as bar,
+            contextlib.closing(batches),
+            _profiler(config, workdir) as profile,
+            jax.transfer_guard("disallow"),
+        ):
+            recorder.restart_clock()
             while step < data.num_steps and not stop.requested:
+                profile(step + 1)
                 fetched = time.monotonic()
                 batch = global_batch(mesh, next(batches))
                 waited = time.monotonic() - fetched
-                with jax.profiler.StepTraceAnnotation("train", step_num=step), _profiled(config, step, workdir):
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = train_step(state, batch)
                 step += 1
-                try:
-                    recorder.push(step, metrics, waited)
-                    bar.update(step, loss_text(recorder.last))
-                    if _due(step, config.eval.every_steps) or _due(step, config.checkpoint.every_steps):
-                        recorder.flush()
-                        scores = _scores(config, step, data.num_steps, evaluate, state, recorder)
-                        save(step, state, scores.get("exact_match"))
-                        recorder.restart_clock()
-                except FloatingPointError as error:
-                    failure = error
-                    break
-        with contextlib.suppress(FloatingPointError):
+                recorder.push(step, metrics, waited)
+                bar.update(step, loss_text(recorder.last))
+                if step < data.num_steps and _due(step, config.eval.every_steps, config.checkpoint.every_steps):
+                    recorder.flush()
+                    save(step, state, _score(config, step, evaluate, state, recorder))
+                    recorder.restart_clock()
             recorder.flush()
+    except FloatingPointError as error:
+        save.last(step, state, None)
+        raise UserError(
+            f"training stopped: {error}; the state is saved at step {step}; lower opt.learning_rate"
+        ) from error
     phases.add("train", time.monotonic() - started)
-    return _finish(state, step, data, config, recorder, save, evaluate, failure, stop.requested)
 
-
-def _finish(
-    state: TrainState,
-    step: int,
-    data: TrainData,
-    config: Config,
-    recorder: Recorder,
-    save: "Saver",
-    evaluate: Evaluate | None,
-    failure: FloatingPointError | None,
-    stopped: bool,
-) -> Result:
-    """Last evaluation, last save, and the reason if the run could not go on."""
+    # --- last evaluation, last save
     done = step >= data.num_steps
-    scores = {}
-    if done and not failure and evaluate:
+    scores = written if step == first_step else {}
+    if done and evaluate and not scores:
         scores = evaluate(state.params, step)
         recorder.write(step, scores)
-    save(step, state, scores.get("exact_match"))
-    save.checkpoints.close()
-    recorder.close()
-    if failure:
-        raise UserError(f"training stopped: {failure}; the state is saved at step {step}; lower opt.learning_rate")
+    save.last(step, state, scores.get("exact_match"))
     if not done:
         LOG.warning("asked to stop: the state is saved at step %d; the same command goes on from there", step)
-    return Result(state, step, recorder.last | scores, stopped and not done)
+    return Result(state, step, recorder.last | scores, not done)
+
+
+def _compiled_step(factory: StateFactory, data: TrainData) -> Any:
+    mesh = factory.mesh
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows_sharding(mesh)),
+        abstract_batch(factory.config.data.rows_per_step, data.shape),
+    )
+    with jax.set_mesh(mesh):
+        step = make_train_step(factory, data.num_steps, data.shape.longest_segment)
+        return step.lower(factory.abstract, batch).compile()
 
 
 class Saver:
@@ -221,20 +218,25 @@ class Saver:
         with jax.transfer_guard("allow"):  # Orbax copies the shards to the host by itself
             self.checkpoints.save(step, state, meta, exact_match)
 
+    def last(self, step: int, state: TrainState, exact_match: float | None) -> None:
+        """The same, and waits until everything is on disk."""
+        self(step, state, exact_match)
+        self.checkpoints.close()
+        self._recorder.close()
 
-def _due(step: int, period: int) -> bool:
-    return bool(period) and step % period == 0
+
+def _due(step: int, *periods: int) -> bool:
+    return any(period and step % period == 0 for period in periods)
 
 
-def _scores(
-    config: Config, step: int, num_steps: int, evaluate: Evaluate | None, state: TrainState, recorder: Recorder
-) -> dict[str, float]:
-    if not evaluate or not _due(step, config.eval.every_steps) or step == num_steps:
-        return {}
+def _score(config: Config, step: int, evaluate: Evaluate | None, state: TrainState, recorder: Recorder) -> float | None:
+    """Exact match where an evaluation is due."""
+    if not evaluate or not _due(step, config.eval.every_steps):
+        return None
     with jax.transfer_guard("allow"):
         scores = evaluate(state.params, step)
     recorder.write(step, scores)
-    return scores
+    return scores["exact_match"]
 
 
 @dataclasses.dataclass
@@ -253,19 +255,19 @@ def _stop_on_sigterm() -> Iterator[_Stop]:
 
 
 @contextlib.contextmanager
-def _closing(batches: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        batches.close()
+def _profiler(config: Config, workdir: pathlib.Path) -> Iterator[Callable[[int], None]]:
+    """Traces steps `profile_start` to `profile_start + profile_steps - 1` into `profile/`, given each step's number."""
+    start, running = config.train.profile_start, False
 
+    def at(step: int) -> None:
+        nonlocal running
+        if start and step == start:
+            jax.profiler.start_trace(str(workdir / "profile"))
+            running = True
+        elif running and step == start + config.train.profile_steps:
+            jax.profiler.stop_trace()
+            running = False
 
-@contextlib.contextmanager
-def _profiled(config: Config, step: int, workdir: pathlib.Path) -> Iterator[None]:
-    """Traces steps `profile_start` to `profile_start + profile_steps - 1` into `profile/`."""
-    start = config.train.profile_start
-    if start and step + 1 == start:
-        jax.profiler.start_trace(str(workdir / "profile"))
-    yield
-    if start and step + 1 == start + config.train.profile_steps - 1:
+    yield at
+    if running:
         jax.profiler.stop_trace()

@@ -97,6 +97,18 @@ class MetricsWriter:
             self._board.close()
 
 
+def last_values(workdir: pathlib.Path, step: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What `metrics.jsonl` already says: the last training line up to `step`, and the scores written at `step`."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    known = [json.loads(line) for line in lines if _step_of(line) <= step]
+    training = [line for line in known if "total_loss" in line]
+    scores = [line for line in known if "total_loss" not in line and line["step"] == step]
+    without_step = [{name: v for name, v in line.items() if name != "step"} for line in (training[-1:] + scores[-1:])]
+    last = without_step[0] if training else {}
+    return last, without_step[-1] if scores else {}
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]

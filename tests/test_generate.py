@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jepa_jax.config import MeshConfig, ModelConfig
+from llm_jepa_jax.data.sources import SyntheticSource
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.eval.encode import encode
+from llm_jepa_jax.eval.evaluate import evaluate
+from llm_jepa_jax.eval.generate import Generator
+from llm_jepa_jax.eval.tasks import EXACT_MATCH, Task
+from llm_jepa_jax.models.transformer import forward, head_kernel, init_params
+from llm_jepa_jax.parallel.mesh import make_mesh
+from tests.conftest import SMALL_MODEL
+
+CONFIG = ModelConfig(**SMALL_MODEL | {"init_std": 0.15})
+PARAMS = init_params(jax.random.key(3), CONFIG, jnp.float32)
+NEW = 12
+
+
+def generator(tokenizer, devices=1, batch_size=8, new=NEW, mesh_config=None):
+    mesh = make_mesh(mesh_config or MeshConfig(), jax.devices()[:devices])
+    return Generator(CONFIG, tokenizer, mesh, new, batch_size, jnp.float32)
+
+
+def prompts(tokenizer, count=7):
+    texts = ["lines", "lines with a digit", "a much longer description of the word 'moon' and of a vowel"]
+    return [[tokenizer.bos_id, *tokenizer.encode(texts[i % 3] + " x" * i)] for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def expected(tokenizer):
+    """Greedy answers by whole forward passes, one token and one prompt at a time."""
+    head = head_kernel(PARAMS, CONFIG)
+    allowed = np.array([i == tokenizer.end_of_turn_id or not tokenizer.is_control(i) for i in range(512)])
+    answers = []
+    for prompt in prompts(tokenizer):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + NEW:
+            padded = np.zeros((1, 96), np.int32)
+            padded[0, : len(ids)] = ids
+            segments = (np.arange(96) < len(ids))[None].astype(np.int32)
+            hidden = forward(PARAMS, CONFIG, padded, np.arange(96)[None], segments, dtype=jnp.float32)
+            logits = np.where(allowed, np.asarray(hidden[0, len(ids) - 1] @ head), -np.inf)
+            best = int(logits.argmax())
+            if best == tokenizer.end_of_turn_id:
+                break
+            ids.append(best)
+        answers.append((ids[len(prompt) :], len(ids) < len(prompt) + NEW))
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch_size", "mesh"),
+    [(1, 1, {}), (1, 3, {}), (1, 8, {}), (8, 8, {}), (8, 3, {"fsdp": 4, "tensor": 2, "data": 1})],
+)
+def test_answers_equal_step_by_step_greedy_whatever_the_batch(tokenizer, expected, devices, batch_size, mesh):
+    generate = generator(tokenizer, devices, batch_size, mesh_config=MeshConfig(**mesh))
+    assert generate(PARAMS, prompts(tokenizer)) == expected
+
+
+def test_answers_end_at_the_end_token(tokenizer, expected):
+    """With the end token made the most likely, every answer is empty and ended."""
+    assert not all(ended for _, ended in expected)
+    hidden = np.asarray(
+        encode(PARAMS, CONFIG, prompts(tokenizer), make_mesh(MeshConfig(), jax.devices()[:1]), jnp.float32)
+    )
+    embedding = PARAMS["embedding"].at[tokenizer.end_of_turn_id].set(100 * hidden.mean(0))
+    assert all(
+        answer == ([], True) for answer in generator(tokenizer)(PARAMS | {"embedding": embedding}, prompts(tokenizer))
+    )
+
+
+def test_too_long_prompts_are_refused(tokenizer):
+    with pytest.raises(UserError, match="exceed model.max_positions=512"):
+        generator(tokenizer)(PARAMS, [[5] * 501])
+
+
+def test_embeddings_are_the_last_hidden_states_in_order(tokenizer):
+    sequences = prompts(tokenizer, 5)
+    for devices in (1, 8):
+        out = encode(PARAMS, CONFIG, sequences, make_mesh(MeshConfig(), jax.devices()[:devices]), jnp.float32)
+        for row, ids in zip(out, sequences, strict=True):
+            array, ones = np.array([ids], np.int32), np.ones((1, len(ids)), np.int32)
+            hidden = forward(PARAMS, CONFIG, array, np.arange(len(ids))[None], ones, dtype=jnp.float32)
+            np.testing.assert_allclose(row, hidden[0, -1], atol=1e-5)
+
+
+def test_evaluation_keeps_every_prompt_output_and_verdict(tmp_path, tokenizer):
+    source = SyntheticSource("eval", 20, 9)
+    path = tmp_path / "eval" / "exact_match-7.jsonl"
+    done = []
+    scores = evaluate(EXACT_MATCH, generator(tokenizer), PARAMS, source, 6, path, done.append)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert scores == {"exact_match": 0.0, "eval_examples": 6} and done[-1] == 6
+    wanted = [source[int(i)] for i in np.linspace(0, 8, 6).round()]
+    assert [(line["prompt"], line["gold"]) for line in lines] == [(record.text, record.code) for record in wanted]
+    lenient = Task("lenient", EXACT_MATCH.prompt, EXACT_MATCH.gold, lambda output, gold: len(gold) > 12)
+    share = np.mean([len(record.code) > 12 for record in wanted])
+    assert 0 < share < 1
+    assert evaluate(lenient, generator(tokenizer), PARAMS, source, 6, path)["lenient"] == pytest.approx(share)
+
+
+def test_exact_match_ignores_outer_space_only():
+    assert EXACT_MATCH.correct(" a b\n", "a b") and not EXACT_MATCH.correct("a  b", "a b")

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real command line, each capability once, and what it says to wrong input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import llm_jepa_jax
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.main import run
+from tests.conftest import CACHE, REPOSITORY
+
+TIMEOUT = 300
+ALWAYS_LOGGED = (
+    "ntp_loss", "jepa_loss", "total_loss", "cos_pair", "cos_shuffled", "rank_text", "rank_code", "std_text", "std_code",
+    "grad_norm", "learning_rate", "tokens_per_s", "examples_per_s", "target_tokens", "pairs", "padding_share",
+    "data_wait_share", "skipped_steps",
+)  # fmt: skip
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "llm_jepa_jax.main", *arguments]
+
+
+def environment(devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def start(*arguments, devices=1):
+    common = [f"--config.train.compile_cache={CACHE}", "--config.log.tensorboard=False"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(*arguments, *common), cwd=REPOSITORY, env=environment(devices), **pipes)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=TIMEOUT)
+    return process.returncode, out, err
+
+
+def result_of(process):
+    code, out, err = finish(process)
+    assert code == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("devices", "mesh"), [(1, []), (8, ["--config.mesh.fsdp=4", "--config.mesh.tensor=2"])])
+def test_the_8b_preset_trains_as_a_miniature(tmp_path, devices, mesh):
+    workdir = tmp_path / "run"
+    result = result_of(start("--config=configs/llama8b.py:smoke", f"--workdir={workdir}", *mesh, devices=devices))
+    assert result["step"] == 4 and 0 < result["ntp_loss"] < 7 and 0 < result["jepa_loss"] < 2
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
+    for name in ALWAYS_LOGGED:
+        assert any(name in line for line in lines), name
+    for name in ("config.json", "tokenizer.model", "report.html", "plots/losses.png", "eval/exact_match-4.jsonl"):
+        assert (workdir / name).exists(), name
+    assert json.loads((workdir / "config.json").read_text())["train"]["dtype"] == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished tiny run."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    result = result_of(start("--config=configs/tiny.py:smoke", f"--workdir={workdir}"))
+    return workdir, result
+
+
+def test_a_run_is_evaluated_generated_from_and_inspected_by_its_directory(trained, tmp_path, capsys, monkeypatch):
+    workdir, result = trained
+    monkeypatch.chdir(tmp_path)
+    evaluation = run(["main", "--mode=eval", f"--workdir={workdir}"])
+    assert evaluation["exact_match"] == result["exact_match"] and evaluation["step"] == 4
+    answers = run(["main", "--mode=generate", f"--workdir={workdir}", "--prompt=lines that lack a digit"])["answers"]
+    model = llm_jepa_jax.load(workdir)
+    assert answers == model.generate(["lines that lack a digit"])
+    shown = run(["main", "--mode=inspect", f"--workdir={workdir}", "--rows=1"])
+    assert shown["examples"] == 400 and "packing: 400 examples" in capsys.readouterr().out
+
+
+def test_the_facade_agrees_with_itself(trained):
+    model = llm_jepa_jax.load(trained[0])
+    ids = [model.tokenizer.encode("lines that lack a digit"), model.tokenizer.encode("a")]
+    hidden, logits = model.hidden(ids), model.logits(ids)
+    assert [len(h) for h in hidden] == [len(i) for i in ids]
+    embedding = np.asarray(model.run.params["embedding"])
+    np.testing.assert_allclose(logits[1], hidden[1] @ embedding.T, rtol=1e-5, atol=1e-5)
+    with_one, with_none = model.encode(["a digit"]), model.encode(["a digit"], num_predictors=0)
+    code = model.encode(["[0-9]"], role="assistant")
+    assert with_one.shape == code.shape == (1, 64) and not np.allclose(with_one, with_none, atol=1e-3)
+    assert len(model.generate(["x"], max_new_tokens=3)) == 1
+    for wrong in (lambda: model.hidden([[]]), lambda: model.hidden([[10**6]]), lambda: model.encode(["a"], 11)):
+        with pytest.raises(UserError):
+            wrong()
+    with pytest.raises(UserError, match="has no config.json; a run directory holds"):
+        llm_jepa_jax.load(trained[0] / "plots")
+
+
+def wait_for_step(process, workdir, step):
+    """Returns once the metrics show `step`."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        assert process.poll() is None, finish(process)
+        path = workdir / "metrics.jsonl"
+        if path.exists() and any(f'"step": {n},' in path.read_text() for n in range(step, step + 20)):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run did not get there")
+
+
+def outcome(workdir):
+    """Parameters, and every metrics line without what depends on the clock."""
+    timed = ("tokens_per_s", "examples_per_s", "data_wait_share")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    params = llm_jepa_jax.load(workdir).run.params
+    return params, [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+def test_killed_and_stopped_runs_end_bit_equal_to_one_left_alone(tmp_path):
+    """SIGKILL at a random step, and SIGTERM, then the same command again."""
+    arguments = [
+        "--config=configs/tiny.py:smoke", "--config.train.num_steps=40", "--config.checkpoint.every_steps=7",
+        "--config.log.every_steps=3", "--config.eval.every_steps=14", "--config.log.report=False",
+        "--config.objective.jepa.dropout=0.5",
+    ]  # fmt: skip
+    alone = tmp_path / "alone"
+    result_of(start(*arguments, f"--workdir={alone}"))
+    params, lines = outcome(alone)
+    steps = [(line["step"], "exact_match" in line) for line in lines]
+    assert len(steps) == len(set(steps)) and (40, True) in steps and (14, True) in steps
+    for name, sign, code in (("killed", signal.SIGKILL, -9), ("stopped", signal.SIGTERM, 0)):
+        workdir = tmp_path / name
+        process = start(*arguments, f"--workdir={workdir}")
+        wait_for_step(process, workdir, int(np.random.default_rng().integers(1, 25)))
+        process.send_signal(sign)
+        returned, _, err = finish(process)
+        assert returned == code, err[-2000:]
+        if sign == signal.SIGTERM:
+            assert "the same command goes on from there" in err
+        assert result_of(start(*arguments, f"--workdir={workdir}"))["step"] == 40
+        other_params, other_lines = outcome(workdir)
+        assert other_lines == lines, name
+        for a, b in zip(jax_leaves(params), jax_leaves(other_params), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def jax_leaves(tree):
+    import jax
+
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_a_finished_run_started_again_changes_nothing(trained):
+    workdir, result = trained
+    before = (workdir / "metrics.jsonl").read_text()
+    again = result_of(start("--config=configs/tiny.py:smoke", f"--workdir={workdir}"))
+    assert again["exact_match"] == result["exact_match"] and (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_goes_on_from_its_own_config_json_on_another_mesh(trained, tmp_path):
+    """The resolved configuration is a valid `--config`, and a checkpoint of 1 device restores on 8."""
+    workdir, _ = trained
+    arguments = [f"--config={workdir}/config.json", "--config.train.num_steps=6", "--config.log.report=False"]
+    result = result_of(start(*arguments, "--config.mesh.fsdp=4", f"--workdir={workdir}", devices=8))
+    assert result["step"] == 6
+
+
+def test_non_finite_updates_stop_the_run_with_a_saved_state(tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ["--config=configs/tiny.py:smoke", f"--workdir={workdir}", "--config.train.num_steps=30"]
+    process = start(*arguments, "--config.model.init_std=1e30", "--config.train.max_skipped=3")
+    code, _, err = finish(process)
+    assert code == 2 and "3 updates in a row were not finite, the last at step 3" in err
+    assert err.splitlines()[-1].startswith("error: training stopped") and "the state is saved at step" in err
+    assert any(path.name.isdigit() for path in (workdir / "checkpoints").iterdir())
+
+
+SMOKE = "--config=configs/tiny.py:smoke"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/none.py"], "--config=configs/none.py: no such file"),
+        (["--config=configs/tiny.py:huge"], "presets take `:smoke` or nothing, not `:huge`"),
+        ([SMOKE, "--config.opt.learning_rat=1"], "learning_rat"),
+        ([SMOKE, "--config.opt.learning_rate=fast"], "learning_rate"),
+        ([SMOKE, "--config.data.layout=shard"], "`data.layout`='shard'; use one of separate, padded"),
+        ([SMOKE, "--config.mesh.fsdp=3"], "`mesh.fsdp`=3 does not divide 8 devices; use 1, 2, 4, 8, or -1 to fill"),
+        ([SMOKE, "--config.mesh.data=2"], "leaves 6 of 8 devices idle"),
+        ([SMOKE, "--config.mesh.tensor=4", "--config.mesh.data=2"], "does not divide `model.num_kv_heads`=2"),
+        ([SMOKE, "--config.data.rows_per_step=12"], "use a multiple of 8, such as 16"),
+        ([SMOKE, "--config.data.train=none.jsonl"], "none.jsonl: No such file or directory"),
+        ([SMOKE, "--config.objective.ntp.weight=0"], "lets the embeddings collapse"),
+        ([SMOKE, "--config.objective.jepa.num_predictors=11"], "use 0 to 10"),
+        ([SMOKE, "--config.objective.jepa.dropout=1.5"], "must lie between 0 and 1"),
+        ([SMOKE, "--config.model.num_kv_heads=3"], "does not divide `model.num_heads`=4"),
+        ([SMOKE, "--config.model.vocab_size=100"], "is below the tokenizer's 512 pieces"),
+        ([SMOKE, "--config.train.num_steps=0"], "leave nothing to do"),
+        ([SMOKE, "--config.objective.vicreg.weight=1", "--config.objective.jepa.weight=0"], "has no views"),
+        ([SMOKE, "--mode=fly"], "--mode"),
+        ([SMOKE, "--colour=red"], "colour"),
+        ([SMOKE, "stray"], "unexpected 'stray'"),
+        (["--mode=eval", "--workdir=/nowhere"], "no such file"),
+        ([SMOKE, "--workdir=/proc/none"], "cannot write there"),
+    ],
+)
+def test_wrong_input_is_one_line_with_the_fix(arguments, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(REPOSITORY)
+    if not any(a.startswith("--workdir") for a in arguments):
+        arguments = [*arguments, f"--workdir={tmp_path}/run"]
+    with pytest.raises(UserError) as caught:
+        run(["main", *arguments])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_wrong_input_ends_with_code_2_and_no_stack_trace(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "code": "b"}\n{"text": "a" "code": "b"}\n')
+    arguments = [f"--config.data.train={tmp_path}/a.jsonl", f"--config.data.eval={tmp_path}/a.jsonl"]
+    code, out, err = finish(start(SMOKE, *arguments, f"--workdir={tmp_path}/run"))
+    assert code == 2 and out == ""
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path}/a.jsonl:2: not JSON at column 14")
+    assert "Traceback" not in err
+
+
+def test_a_changed_key_or_file_does_not_overwrite_a_run(trained, tmp_path, monkeypatch):
+    workdir, _ = trained
+    monkeypatch.chdir(REPOSITORY)
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match="holds a run with `model.mlp_dim`=128, not 64"):
+        run(["main", SMOKE, "--config.model.mlp_dim=64", f"--workdir={workdir}"])
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_no_room_on_the_disk_is_one_line(tmp_path):
+    """A limit on file size stands for a full disk: the last checkpoint before it stays valid."""
+    workdir = tmp_path / "run"
+    first = result_of(start(SMOKE, "--config.log.report=False", f"--workdir={workdir}"))
+    assert first["step"] == 4
+    line = " ".join(command(SMOKE, f"--workdir={workdir}", "--config.train.num_steps=8", "--config.log.report=False"))
+    line = f"ulimit -f 100; exec {line} --config.train.compile_cache= --config.log.tensorboard=False"
+    process = subprocess.run(
+        ["bash", "-c", line], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=TIMEOUT
+    )
+    last = process.stderr.splitlines()[-1]
+    assert process.returncode == 2 and last.startswith("error: ") and "cannot write a checkpoint" in last, last
+    assert llm_jepa_jax.load(workdir).run.step == 4
