@@ -43,7 +43,8 @@ def test_report_is_one_file_with_the_inputs_numbers(tmp_path):
         assert number in page, number
     plots = {path.stem for path in (directory / "plots").glob("*.png")}
     assert plots == {
-        "losses", "cosine", "exact_match", "rank", "throughput", "singular_values", "cosine_histogram", "tsne", "phases",
+        "losses", "cosine", "exact_match", "rank", "throughput", "singular_values", "cosine_histogram", "tsne",
+        "phases",
     }  # fmt: skip
     assert page.count("data:image/png;base64,") == len(plots)
     assert not re.search(r'(src|href)="(?!data:)', page) and "<link" not in page

@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -40,15 +41,11 @@ def write_report(run_directory: pathlib.Path) -> None:
     analysis = run_directory / "analysis.npz"
     embeddings = dict(np.load(analysis)) if analysis.exists() else {}
     seconds = _json(run_directory / "phases.json")
-    figures = _curves(metrics) | _views(embeddings)
-    if seconds:
-        figures["phases"] = (plots.phases(seconds), "Wall-clock seconds, added over restarts.")
-    directory = run_directory / "plots"
-    directory.mkdir(exist_ok=True)
-    images = []
-    for name, (figure, caption) in figures.items():
-        figure.savefig(directory / f"{name}.png")
-        images.append(_image(directory / f"{name}.png", caption))
+    with matplotlib.rc_context(plots.STYLE):
+        figures = _curves(metrics) | _views(embeddings)
+        if seconds:
+            figures["phases"] = (plots.phases(seconds), "Wall-clock seconds, added over restarts.")
+        images = _save(figures, run_directory / "plots")
     body = [
         f"<h1>{html.escape(run_directory.absolute().name)}</h1>",
         f'<p class="dim">{html.escape(_what(config))}</p>',
@@ -64,6 +61,16 @@ def write_report(run_directory: pathlib.Path) -> None:
     )
     page = f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>"
     (run_directory / "report.html").write_text(page, encoding="utf-8")
+
+
+def _save(figures: dict[str, tuple[Figure, str]], directory: pathlib.Path) -> list[str]:
+    """Writes each figure; the HTML of each."""
+    directory.mkdir(exist_ok=True)
+    images = []
+    for name, (figure, caption) in figures.items():
+        figure.savefig(directory / f"{name}.png")
+        images.append(_image(directory / f"{name}.png", caption))
+    return images
 
 
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -56,6 +56,12 @@ def seconds(values: dict, length: int, num_rows: int, longest: int) -> float:
     return min(times[1:])
 
 
+SHAPES = {
+    "6 x 192": {},
+    "4 x 256": {"embed_dim": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "mlp_dim": 640},
+    "4 x 224": {"embed_dim": 224, "num_layers": 4, "num_heads": 7, "num_kv_heads": 7, "mlp_dim": 640},
+    "3 x 256": {"embed_dim": 256, "num_layers": 3, "num_heads": 8, "num_kv_heads": 2, "mlp_dim": 768},
+}
 GROUPS = {
     "attention over the longest segment": [("blocks of queries", {}, 512, 16, 0), ("longest segment", {}, 512, 16, 60)],
     "objective": [
@@ -64,12 +70,7 @@ GROUPS = {
         ("with vicreg", {"objective": {"vicreg": {"weight": 0.1}}}, 512, 16, 60),
     ],
     "rows of a step": [(str(rows), {}, 512, rows, 60) for rows in (4, 8, 16)],
-    "shape": [
-        ("6 x 192", {}, 512, 8, 60),
-        ("4 x 256", {"model": {"embed_dim": 256, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "mlp_dim": 640}}, 512, 8, 60),
-        ("4 x 224", {"model": {"embed_dim": 224, "num_layers": 4, "num_heads": 7, "num_kv_heads": 7, "mlp_dim": 640}}, 512, 8, 60),
-        ("3 x 256", {"model": {"embed_dim": 256, "num_layers": 3, "num_heads": 8, "num_kv_heads": 2, "mlp_dim": 768}}, 512, 8, 60),
-    ],
+    "shape": [(name, {"model": model}, 512, 8, 60) for name, model in SHAPES.items()],
 }  # fmt: skip
 
 
