@@ -16,6 +16,7 @@ from llm_jepa_jax.models.transformer import head_kernel
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
 from llm_jepa_jax.run_directory import Run, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt, render_view
+from llm_jepa_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LanguageModel:
     run: Run
 
     @property
-    def tokenizer(self):  # noqa: ANN201
+    def tokenizer(self) -> Tokenizer:
         """The run's tokenizer: `encode(text)`, `decode(ids)`."""
         return self.run.tokenizer
 

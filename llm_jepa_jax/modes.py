@@ -4,7 +4,7 @@
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,7 +68,10 @@ def _tokenizer(config: Config, workdir: pathlib.Path, source: Source) -> Tokeniz
     if config.text.tokenizer:
         return load_tokenizer(config.text.tokenizer)
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
-    texts = lambda: (message.content for i in range(len(source)) for message in source[i].messages)  # noqa: E731
+
+    def texts() -> Iterator[str]:
+        return (message.content for i in range(len(source)) for message in source[i].messages)
+
     return cached_tokenizer(texts, source.content_hash, config.text.vocab_size, cache_dir)
 
 

@@ -11,7 +11,8 @@ from llm_jepa_jax.data.packing import plan_rows, shuffled, slot_sizes
 from llm_jepa_jax.data.views import copies, has_pair, uniform
 from tests.conftest import small_config
 
-EXAMPLES = st.lists(st.tuples(st.integers(1, 60), st.integers(0, 1)), min_size=1, max_size=80)
+SIZES = st.one_of(st.integers(1, 60), st.sampled_from([8, 16, 32]))  # a few of them often, so that rooms coincide
+EXAMPLES = st.lists(st.tuples(SIZES, st.integers(0, 1)), min_size=1, max_size=80)
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,10 +53,49 @@ def test_unpacked_rows_hold_one_example_and_large_ones_raise():
 
 def test_slots_always_hold_the_largest_example():
     tokens, targets, pairs = np.array([10.0] * 50), np.array([1] * 49 + [60]), np.ones(50)
-    shape = slot_sizes(tokens, targets, pairs, RowShape(128, 0, 0), packed=True)
+    shape = slot_sizes(tokens, targets, pairs, pairs, RowShape(128, 0, 0), packed=True)
     assert shape.target_slots >= 60 and shape.pair_slots >= 12
-    given_sizes = slot_sizes(tokens, targets, pairs, RowShape(128, 70, 3), packed=True)
+    given_sizes = slot_sizes(tokens, targets, pairs, pairs, RowShape(128, 70, 3), packed=True)
     assert dataclasses.astuple(given_sizes)[:3] == (128, 70, 3)
+
+
+def test_slots_follow_the_weights_of_the_records():
+    tokens, targets, pairs = np.full(100, 10.0), np.array([2] * 50 + [8] * 50), np.ones(100)
+    even, towards_many = np.ones(100), np.array([1.0] * 50 + [9.0] * 50)
+    sizes = [
+        slot_sizes(tokens, targets, pairs, w, RowShape(640, 0, 0), True).target_slots for w in (even, towards_many)
+    ]
+    assert sizes == [400, 592]  # 1.25 · 64 examples a row · mean targets 5 and 7.4
+
+
+@settings(max_examples=150, deadline=None)
+@given(examples=EXAMPLES, target_slots=st.integers(1, 8), pair_slots=st.integers(1, 3))
+def test_rows_are_those_of_a_search_through_all_open_rows(examples, target_slots, pair_slots):
+    tokens = np.array([size for size, _ in examples])
+    pairs = np.array([pair for _, pair in examples])
+    shape = RowShape(64, target_slots, pair_slots)
+    plan = plan_rows(np.arange(len(examples)), tokens, np.ones_like(tokens), pairs, shape)
+    rows: list[dict] = []
+    for example, (size, pair) in enumerate(examples):
+        fitting = [r for r in rows if r["room"] >= size and r["pairs"] >= pair and len(r["members"]) < target_slots]
+        if not fitting:
+            rows.append({"room": 64, "pairs": pair_slots, "members": []})
+        # of equal rooms: one without a free pair slot, then the one used last
+        best = min(fitting, key=lambda r: (r["room"], r["pairs"] > 0, -r["members"][-1]), default=rows[-1])
+        best["room"] -= size
+        best["pairs"] -= pair
+        best["members"].append(example)
+    assert [plan[row].tolist() for row in range(len(plan))] == [row["members"] for row in rows]
+
+
+def test_short_slots_cost_few_looks_and_no_fill():
+    """Of the rows with room, most have no target slots to spare; the emptiest one still takes the example."""
+    num = 400
+    tokens = np.array([600 + i for i in range(num)] + [300] + [50] * 8 + [1000])  # first rooms of 424 down to 25
+    targets = np.array([7] * num + [2] * 9 + [1])
+    plan = plan_rows(np.arange(len(tokens)), tokens, targets, np.zeros_like(tokens), RowShape(1024, 8, 1))
+    assert len(plan) == num + 4  # 18 targets in rows of 8, which the first rows' last slots cannot take, and the last
+    assert plan[num].tolist() == [num, num + 1, num + 2, num + 3]
 
 
 def test_draws_depend_on_seed_epoch_and_example_alone(tmp_path):

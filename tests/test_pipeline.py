@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+import concurrent.futures
 import dataclasses
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 from absl import flags
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
-from llm_jepa_jax.batch import check_batch
+from llm_jepa_jax.batch import FIELDS, RowShape, check_batch
 from llm_jepa_jax.data.inspect import show_rows
+from llm_jepa_jax.data.rows import RowBuilder
 from llm_jepa_jax.data.sources import JsonlSource
+from llm_jepa_jax.data.views import has_pair
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.chat import render, render_view
 from tests.conftest import host_batch, small_config, small_data
@@ -56,7 +62,9 @@ def test_rows_say_what_the_records_say(tmp_path, tokenizer, layout, targets, pre
             assert row["num_examples"] <= 1
     assert sorted(seen_conversations) == sorted([*expected["conversation"]] * 2)
     every = np.arange(60)
-    assert seen_pairs == sum(int(data.epochs.pairs(epoch, every).sum()) for epoch in range(2)) > 0
+    first, second = (has_pair(config, epoch, every) for epoch in range(2))
+    assert seen_pairs == first.sum() + second.sum() > 0
+    assert (data.epochs.pairs(1, every) == second).all() and (first != second).any()
 
 
 def data_source(config):
@@ -146,6 +154,126 @@ def test_records_that_do_not_fit_are_counted_and_refused_past_the_share(tmp_path
     assert found.summary()["examples"] == 18
     with pytest.raises(UserError, match=r"above data.max_dropped_share=9.0%; set data.row_length=\d+"):
         small_data(small_config(tmp_path, data=data | {"max_dropped_share": 0.09}), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "sections, words",
+    [
+        (
+            {"data": {"target_slots": 8}},
+            r"`data.target_slots`=8 is below the \d+ next-token targets of synthetic:train:\d+",
+        ),
+        (
+            {"model": {"max_positions": 16}},
+            r"`model.max_positions`=16 is below the \d+ tokens in one segment of synthetic",
+        ),
+        ({"data": {"row_length": 8, "max_dropped_share": 1.0}}, "`data.row_length`=8 fits none of the 60 records"),
+        ({"data": {"train": "synthetic*0.00001"}}, r"`data.train`=synthetic\*0.00001 leave no example"),
+    ],
+)
+def test_sizes_that_cannot_work_name_their_key(tmp_path, tokenizer, sections, words):
+    with pytest.raises(UserError, match=words):
+        small_data(small_config(tmp_path, **sections), tokenizer)
+
+
+def test_weights_are_copies_an_epoch(tmp_path, tokenizer):
+    for name in "ab":
+        lines = [json.dumps({"text": f"{name} {i}", "code": str(i) * (1 if name == "a" else 6)}) for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    spec = f"{tmp_path}/a.jsonl*2,{tmp_path}/b.jsonl*0.5"
+    data = small_data(small_config(tmp_path, data={"train": spec, "eval": f"{tmp_path}/a.jsonl"}), tokenizer)
+    counts = np.stack([np.bincount(data.epochs.plan(epoch).examples, minlength=40) for epoch in range(40)])
+    assert (counts[:, :20] == 2).all() and set(counts[:, 20:].ravel().tolist()) == {0, 1}
+    assert abs(counts[:, 20:].mean() - 0.5) < 0.09  # five standard deviations
+    spec = f"{tmp_path}/a.jsonl*0.5,{tmp_path}/b.jsonl*2"
+    longer = small_data(small_config(tmp_path, data={"train": spec, "eval": f"{tmp_path}/a.jsonl"}), tokenizer)
+    assert longer.shape.target_slots > data.shape.target_slots  # slots are sized for what the rows will hold
+
+
+def test_readers_at_once_agree_on_where_epochs_begin(tmp_path, tokenizer):
+    config = small_config(tmp_path, train={"num_steps": 100})
+    alone = small_data(config, tokenizer).epochs
+    expected = [alone.locate(row) for row in range(0, 800, 50)]
+    shared = small_data(config, tokenizer).epochs
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: [shared.locate(row) for row in range(0, 800, 50)], range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [expected] * 4
+
+
+class FakeCorpus:
+    """Ragged arrays by record, as `TokenizedCorpus` gives them."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def get(self, name, index):
+        return self.arrays[name][index]
+
+
+RECORDS = st.lists(
+    st.tuples(st.integers(2, 20), st.integers(1, 12), st.integers(1, 12), st.booleans()), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(records=RECORDS, predictors=st.integers(0, 10), targets=st.sampled_from(["all", "assistant"]), data=st.data())
+def test_any_row_can_be_read_back(records, predictors, targets, data):
+    """Any lengths, pairs and targets: the segments, in order, are the examples' token for token."""
+    rng = np.random.default_rng(len(records))
+    names = ("conversation", "text_view", "code_view")
+    arrays = {n: [rng.integers(20, 99, sizes[i]).astype(np.int32) for sizes in records] for i, n in enumerate(names)}
+    # the first token has nothing before it, so it is never a target
+    marks = [data.draw(st.lists(st.booleans(), min_size=r[0] - 1, max_size=r[0] - 1)) for r in records]
+    arrays["assistant_target"] = [np.array([False, *mark]) for mark in marks]
+    ids = tuple(range(100, 100 + predictors))
+    shape = RowShape(length=700, target_slots=260, pair_slots=12)
+    with_pair = np.array([r[3] for r in records])
+    order = rng.permutation(len(records))
+    row = RowBuilder(FakeCorpus(arrays), shape, targets, ids)(order, with_pair[order])
+    expected, wanted, ends, place = [], [], [], 0
+    for i in order:
+        segments = [arrays["conversation"][i].tolist()]
+        marked = range(1, records[i][0]) if targets == "all" else np.flatnonzero(arrays["assistant_target"][i])
+        wanted += [place + int(mark) for mark in marked]
+        if with_pair[i]:
+            segments += [[*arrays["text_view"][i], *ids], arrays["code_view"][i].tolist()]
+            text_end = place + len(segments[0]) + len(segments[1]) - 1
+            ends.append((text_end, text_end + len(segments[2])))
+        expected += segments
+        place += sum(map(len, segments))
+    flat = [token for segment in expected for token in segment]
+    np.testing.assert_array_equal(row["tokens"], flat + [0] * (700 - place))
+    numbers = [n for n, segment in enumerate(expected, 1) for _ in segment]
+    np.testing.assert_array_equal(row["segments"], numbers + [0] * (700 - place))
+    restarts = [position for segment in expected for position in range(len(segment))]
+    np.testing.assert_array_equal(row["positions"], restarts + [0] * (700 - place))
+    num, slots = len(wanted), len(ends)
+    np.testing.assert_array_equal(row["target_index"][:num] + 1, wanted)
+    np.testing.assert_array_equal(row["targets"][:num], row["tokens"][wanted])
+    np.testing.assert_array_equal(row["predictor_index"][:slots], [text for text, _ in ends])
+    np.testing.assert_array_equal(row["code_index"][:slots], [code for _, code in ends])
+    assert row["target_weight"].sum() == num and row["pair_weight"].sum() == slots
+    assert row["num_examples"] == len(records)
+    for name in ("target_index", "targets", "target_weight"):
+        assert not row[name][num:].any()
+    for name in ("predictor_index", "code_index", "pair_weight"):
+        assert not row[name][slots:].any()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(step=st.integers(0, 9), processes=st.sampled_from([1, 2, 4, 8]), dropout=st.sampled_from([0.0, 0.5]))
+def test_any_process_count_from_any_step_reads_the_same_stream(tmp_path, tokenizer, step, processes, dropout):
+    config = small_config(tmp_path, train={"num_steps": 10}, objective={"jepa": {"dropout": dropout}})
+    whole = host_batch(small_data(config, tokenizer), step)
+    fresh = small_data(config, tokenizer)
+    parts = [batches(fresh, step, 1, process, processes)[0] for process in range(processes)]
+    for name in FIELDS:
+        np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), getattr(whole, name), err_msg=name)
 
 
 def test_a_wrong_record_names_its_line(tmp_path, tokenizer):

@@ -8,6 +8,8 @@ import numpy as np
 from llm_jepa_jax.batch import RowShape
 
 SLOT_MULTIPLE = 8
+LOOKS = 64
+"""Open rows tried for one example, fullest first, before the emptiest one: bounds the time where slots run short."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +31,14 @@ class Plan:
 
 
 def slot_sizes(
-    tokens_N: np.ndarray, targets_N: np.ndarray, pairs_N: np.ndarray, shape: RowShape, packed: bool
+    tokens_N: np.ndarray,
+    targets_N: np.ndarray,
+    pairs_N: np.ndarray,
+    weights_N: np.ndarray,
+    shape: RowShape,
+    packed: bool,
 ) -> RowShape:
-    """Fills slot counts that are 0, from the expected cost of each example.
+    """Fills slot counts that are 0, from the expected cost of each example and its copies an epoch (`weights`).
 
     A quarter above the average load of a full row, and never too few for a single example; a row whose slots are used
     up is closed, so a slot count costs fill, never an example.
@@ -39,9 +46,9 @@ def slot_sizes(
     if not packed:
         needed_targets, needed_pairs = int(targets_N.max()), 1
     else:
-        rows = tokens_N.sum() / shape.length
-        needed_targets = max(int(targets_N.max()), int(np.ceil(1.25 * targets_N.sum() / rows)))
-        needed_pairs = max(1, int(np.ceil(1.25 * pairs_N.sum() / rows)))
+        rows = tokens_N @ weights_N / shape.length
+        needed_targets = max(int(targets_N.max()), int(np.ceil(1.25 * (targets_N @ weights_N) / rows)))
+        needed_pairs = max(1, int(np.ceil(1.25 * (pairs_N @ weights_N) / rows)))
 
     def size(given: int, needed: int) -> int:
         return given or min(shape.length, -(-needed // SLOT_MULTIPLE) * SLOT_MULTIPLE)
@@ -83,41 +90,54 @@ def plan_rows(
 
 
 def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: RowShape) -> list[int]:
-    """The row of each example.
+    """The row of each example, `pairs` being 0 or 1.
 
     Open rows are kept by the room left in them, and an integer's bits say which rooms exist, so finding the fullest
-    row that fits is a shift and a lowest set bit: constant time in Python, whatever the number of open rows.
+    row that fits is a shift and a lowest set bit: constant time in Python, whatever the number of open rows. Rows
+    without a free pair slot are kept apart, and a row that can hold none of the examples is closed.
     """
-    by_room: list[list[int]] = [[] for _ in range(shape.length + 1)]
-    rooms = 0
+    least_tokens, least_targets, least_pairs = min(tokens, default=0), min(targets, default=0), min(pairs, default=0)
+    full_of_pairs: list[list[int]] = [[] for _ in range(shape.length + 1)]
+    with_pair_slot: list[list[int]] = [[] for _ in range(shape.length + 1)]
+    full_rooms = slot_rooms = 0
     targets_left: list[int] = []
     pairs_left: list[int] = []
     placed = []
     for size, num_targets, num_pairs in zip(tokens, targets, pairs, strict=True):
-        candidates = rooms >> size
-        room = -1
+        candidates = (slot_rooms if num_pairs else full_rooms | slot_rooms) >> size
+        room, looks = -1, LOOKS
         while candidates:
-            offset = (candidates & -candidates).bit_length() - 1
-            row = by_room[size + offset][-1]
-            if targets_left[row] >= num_targets and pairs_left[row] >= num_pairs:
+            offset = ((candidates & -candidates) if looks else candidates).bit_length() - 1
+            rows = with_pair_slot if num_pairs or not full_of_pairs[size + offset] else full_of_pairs
+            row = rows[size + offset][-1]
+            if targets_left[row] >= num_targets:
                 room = size + offset
                 break
-            candidates &= candidates - 1
+            candidates = candidates & (candidates - 1) if looks else 0
+            looks -= 1
         if room < 0:
             row, room = len(targets_left), shape.length
             targets_left.append(shape.target_slots)
             pairs_left.append(shape.pair_slots)
         else:
-            by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
+            rows[room].pop()
+            if not rows[room]:
+                if rows is with_pair_slot:
+                    slot_rooms ^= 1 << room
+                else:
+                    full_rooms ^= 1 << room
         placed.append(row)
         targets_left[row] -= num_targets
         pairs_left[row] -= num_pairs
         left = room - size
-        if left and targets_left[row]:
-            by_room[left].append(row)
-            rooms |= 1 << left
+        if left < least_tokens or targets_left[row] < least_targets or pairs_left[row] < least_pairs:
+            continue
+        if pairs_left[row]:
+            with_pair_slot[left].append(row)
+            slot_rooms |= 1 << left
+        else:
+            full_of_pairs[left].append(row)
+            full_rooms |= 1 << left
     return placed
 
 

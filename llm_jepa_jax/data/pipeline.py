@@ -45,39 +45,39 @@ class Epochs:
 
     def __init__(self, config: Config, corpus: TokenizedCorpus, weights_N: np.ndarray):
         self._config, self._packed = config, config.data.layout != "padded"
-        self._costs = example_costs(corpus, config)
+        self.costs = example_costs(corpus, config)
         every = np.ones(len(corpus), np.bool_)
-        self.fits_N = self._costs.tokens(every) <= config.data.row_length
+        self.fits_N = self.costs.tokens(every) <= config.data.row_length
         self._weights_N = np.where(self.fits_N, weights_N, 0.0)
         self.shape = self._shape()
         self._starts = [0]
         self._plans: dict[int, Plan] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_plans": {}, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def _shape(self) -> RowShape:
         data, jepa = self._config.data, self._config.objective.jepa
-        fits, costs = self.fits_N, self._costs
+        fits, costs = self.fits_N, self.costs
         longest = int(costs.longest_N[fits].max(initial=0))
         shape = RowShape(data.row_length, data.target_slots, data.pair_slots, longest)
         if not fits.any():
             return shape
         share = np.full(int(fits.sum()), (1.0 - jepa.dropout) if jepa.weight else 0.0)
         expected = costs.conversation_N[fits] + costs.views_N[fits] * share
-        return slot_sizes(expected, costs.targets_N[fits], share, shape, self._packed)
+        return slot_sizes(expected, costs.targets_N[fits], share, self._weights_N[fits], shape, self._packed)
 
     def largest(self) -> int:
         """Tokens of the largest record, its views included."""
-        return int(self._costs.tokens(np.ones(len(self.fits_N), np.bool_)).max())
+        return int(self.costs.tokens(np.ones(len(self.fits_N), np.bool_)).max())
 
     def tokens_per_record(self) -> tuple[float, float]:
         """Mean tokens of a conversation and of its views, over the records that fit."""
-        return float(self._costs.conversation_N[self.fits_N].mean()), float(self._costs.views_N[self.fits_N].mean())
+        return float(self.costs.conversation_N[self.fits_N].mean()), float(self.costs.views_N[self.fits_N].mean())
 
     def plan(self, epoch: int) -> Plan:
         """The rows of one epoch."""
@@ -94,7 +94,7 @@ class Epochs:
         if self._config.data.shuffle:
             rng.shuffle(order)
         pairs = self.pairs(epoch, np.arange(len(self._weights_N)))
-        plan = plan_rows(order, self._costs.tokens(pairs), self._costs.targets_N, pairs, self.shape, self._packed)
+        plan = plan_rows(order, self.costs.tokens(pairs), self.costs.targets_N, pairs, self.shape, self._packed)
         return shuffled(plan, rng) if self._config.data.shuffle else plan
 
     def pairs(self, epoch: int, examples: np.ndarray) -> np.ndarray:
@@ -103,9 +103,10 @@ class Epochs:
 
     def start(self, epoch: int) -> int:
         """Place of an epoch's first row in the stream."""
-        while len(self._starts) <= epoch:
-            self._starts.append(self._starts[-1] + len(self.plan(len(self._starts) - 1)))
-        return self._starts[epoch]
+        with self._lock:  # two readers at once would both add the same epoch
+            while len(self._starts) <= epoch:
+                self._starts.append(self._starts[-1] + len(self.plan(len(self._starts) - 1)))
+            return self._starts[epoch]
 
     def locate(self, row: int) -> tuple[int, int]:
         """Epoch of a row of the stream, and its place in that epoch's plan."""
@@ -198,13 +199,14 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
     """Tokenises, plans and reports.
 
     Raises:
-        UserError: a record is wrong, too many do not fit, or none is left.
+        UserError: a record is wrong, too many do not fit, none is left, or a size of the configuration is too small.
     """
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
     jepa = config.objective.jepa
     corpus = tokenize_source(source, tokenizer, jepa.view_end, cache_dir)
     epochs = Epochs(config, corpus, weights_N)
     dropped = _drop(config, source, epochs)
+    _check_sizes(config, source, epochs)
     predictors = tokenizer.predictor_ids[: jepa.num_predictors]
     builder = RowBuilder(corpus, epochs.shape, config.objective.ntp.targets, predictors)
     rows_per_step = config.data.rows_per_step
@@ -215,6 +217,31 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
         end = epochs.start(config.train.num_epochs)
         num_steps = -(-end // rows_per_step)
     return TrainData(config, epochs, builder, num_steps, end, dropped)
+
+
+def _check_sizes(config: Config, source: Source, epochs: Epochs) -> None:
+    """Refuses sizes that no record, or not the largest one, could be trained with."""
+    shape, fits_N = epochs.shape, epochs.fits_N
+    if not fits_N.any():
+        raise UserError(
+            f"config: `data.row_length`={shape.length} fits none of the {len(fits_N)} records; the longest takes "
+            f"{epochs.largest()} tokens"
+        )
+    for key, size, sizes_N, what in (
+        ("data.target_slots", shape.target_slots, epochs.costs.targets_N, "next-token targets"),
+        ("model.max_positions", config.model.max_positions, epochs.costs.longest_N, "tokens in one segment"),
+    ):
+        largest = int(np.argmax(np.where(fits_N, sizes_N, 0)))
+        if sizes_N[largest] > size:
+            raise UserError(
+                f"config: `{key}`={size} is below the {sizes_N[largest]} {what} of {source.location(largest)}; "
+                "raise it to that, or lower `data.row_length` to drop such records"
+            )
+    if not len(epochs.plan(0)):
+        raise UserError(
+            f"config: the weights of `data.train`={config.data.train} leave no example in the first epoch; "
+            "a weight is copies of each record an epoch: raise it"
+        )
 
 
 def _drop(config: Config, source: Source, epochs: Epochs) -> Dropped:

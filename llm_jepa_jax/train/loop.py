@@ -48,21 +48,28 @@ class Result:
 class Recorder:
     """Reads a step's metrics one step late, adds them to the window, and writes a line each period."""
 
-    def __init__(
-        self, config: Config, writer: MetricsWriter | None, window: Window, mesh: Mesh, last: dict[str, float]
-    ):
-        self._config, self._writer, self.window = config, writer, window
+    def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path, step: int, window: Window):
+        self._config, self.window = config, window
+        self._writer = MetricsWriter(workdir, step, config.log.tensorboard) if jax.process_index() == 0 else None
+        self.last, self.scores = last_values(workdir, step)
+        """The last training line, and the scores of the last step."""
         self._pending: tuple[int, Any] | None = None
         self._peak = device_peak_flops(mesh.devices.flat[0].device_kind)
         self._num_devices = mesh.size
         self.restart_clock()
-        self.last = last
 
-    def push(self, step: int, metrics: Any, waited: float) -> None:
+    def timed(self, fetch: Callable[[], Any]) -> Any:
+        """Calls `fetch` and counts its time as waiting for data."""
+        start = time.monotonic()
+        fetched = fetch()
+        self._waited += time.monotonic() - start
+        return fetched
+
+    def push(self, step: int, metrics: Any) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the step before."""
         self.flush()
         self._pending = (step, metrics)
-        self._waited += waited
+        self.scores = {}
 
     def flush(self) -> None:
         """Reads what is pending.
@@ -107,6 +114,11 @@ class Recorder:
         if self._writer:
             self._writer.write(step, values)
 
+    def write_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Writes an evaluation's line."""
+        self.scores = scores
+        self.write(step, scores)
+
     def close(self) -> None:
         if self._writer:
             self._writer.close()
@@ -126,34 +138,24 @@ def train(
         UserError: a checkpoint cannot be written, or updates stay non-finite (the state is saved first).
     """
     config, mesh = factory.config, factory.mesh
-    first_process = jax.process_index() == 0
 
-    # --- state: newest valid checkpoint, else initial
+    # --- state, metrics and data, all at the newest valid checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     with phases.phase("restore or create the state"):
-        restored = checkpoints.restore_latest(factory.abstract)
-        first_step, state, meta = restored or (0, factory.create(), {})
-    step = first_step
-    LOG.info(
-        "starting from %s", f"checkpoint {step} of this run" if restored else f"random weights (seed {config.seed})"
-    )
-
-    # --- metrics and data, both at `step`
-    writer = MetricsWriter(workdir, step, config.log.tensorboard) if first_process else None
-    last, written = last_values(workdir, step)
-    recorder = Recorder(config, writer, Window(meta.get("window")), mesh, last)
+        step, state, meta = checkpoints.restore_latest(factory.abstract) or (0, factory.create(), {})
+    LOG.info("starting from %s", f"checkpoint {step}" if meta else f"random weights (seed {config.seed})")
+    recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
     batches = data.iterator(step, jax.process_index(), jax.process_count())
-
+    save = Saver(checkpoints, recorder, config)
     with phases.phase("compile the step"):
         train_step = _compiled_step(factory, data)
 
     # --- loop
-    save = Saver(checkpoints, recorder, config)
-    started = time.monotonic()
     try:
         with (
+            phases.phase("train"),
             _stop_on_sigterm() as stop,
-            Bar("train", data.num_steps, step, first_process) as bar,
+            Bar("train", data.num_steps, step, jax.process_index() == 0) as bar,
             contextlib.closing(batches),
             _profiler(config, workdir) as profile,
             jax.transfer_guard("disallow"),
@@ -161,13 +163,11 @@ def train(
             recorder.restart_clock()
             while step < data.num_steps and not stop.requested:
                 profile(step + 1)
-                fetched = time.monotonic()
-                batch = global_batch(mesh, next(batches))
-                waited = time.monotonic() - fetched
+                batch = recorder.timed(lambda: global_batch(mesh, next(batches)))
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = train_step(state, batch)
                 step += 1
-                recorder.push(step, metrics, waited)
+                recorder.push(step, metrics)
                 bar.update(step, loss_text(recorder.last))
                 if step < data.num_steps and _due(step, config.eval.every_steps, config.checkpoint.every_steps):
                     recorder.flush()
@@ -179,18 +179,15 @@ def train(
         raise UserError(
             f"training stopped: {error}; the state is saved at step {step}; lower opt.learning_rate"
         ) from error
-    phases.add("train", time.monotonic() - started)
 
-    # --- last evaluation, last save
+    # --- last evaluation (unless an earlier start already did it), last save
     done = step >= data.num_steps
-    scores = written if step == first_step else {}
-    if done and evaluate and not scores:
-        scores = evaluate(state.params, step)
-        recorder.write(step, scores)
-    save.last(step, state, scores.get("exact_match"))
+    if done and evaluate and not recorder.scores:
+        recorder.write_scores(step, evaluate(state.params, step))
+    save.last(step, state, recorder.scores.get("exact_match"))
     if not done:
         LOG.warning("asked to stop: the state is saved at step %d; the same command goes on from there", step)
-    return Result(state, step, recorder.last | scores, not done)
+    return Result(state, step, recorder.last | recorder.scores, not done)
 
 
 def _compiled_step(factory: StateFactory, data: TrainData) -> Any:
@@ -235,7 +232,7 @@ def _score(config: Config, step: int, evaluate: Evaluate | None, state: TrainSta
         return None
     with jax.transfer_guard("allow"):
         scores = evaluate(state.params, step)
-    recorder.write(step, scores)
+    recorder.write_scores(step, scores)
     return scores["exact_match"]
 
 

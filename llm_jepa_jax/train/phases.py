@@ -17,20 +17,23 @@ class Phases:
     def __init__(self, workdir: pathlib.Path | None):
         self._path = workdir / "phases.json" if workdir else None
         self.seconds: dict[str, float] = {}
+        self._inner = 0.0
         if self._path and self._path.exists():
             with contextlib.suppress(json.JSONDecodeError):  # torn by a kill: timings are not worth stopping for
                 self.seconds = json.loads(self._path.read_text())
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times the block as `name`."""
+        """Times the block as `name`; a phase inside another counts for itself alone."""
         LOG.info("%s …", name)
-        start = time.monotonic()
+        start, outer, self._inner = time.monotonic(), self._inner, 0.0
         yield
-        self.add(name, time.monotonic() - start)
-        LOG.info("%s: %.1f s", name, time.monotonic() - start)
+        whole = time.monotonic() - start
+        self._add(name, whole - self._inner)
+        self._inner = outer + whole
+        LOG.info("%s: %.1f s", name, whole)
 
-    def add(self, name: str, seconds: float) -> None:
+    def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         if self._path:
             part = self._path.with_suffix(".json.part")
