@@ -55,6 +55,8 @@ def _with_config_file(argv: list[str]) -> list[str]:
         workdir = next((a.partition("=")[2] for a in argv if a.lstrip("-").startswith("workdir=")), "")
         saved = pathlib.Path(workdir) / "config.json"
         training = not any(a.lstrip("-").startswith("mode=") and not a.endswith("=train") for a in argv)
+        if workdir and not training and not saved.is_file():
+            raise UserError(f"--workdir={workdir}: holds no run (no config.json); train one there or name another")
         given = str(saved) if workdir and not training else str(REPOSITORY / "configs" / "tiny.py")
         argv = [argv[0], f"--config={given}", *argv[1:]]
     path = given.partition(":")[0]
@@ -75,6 +77,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
     Raises:
         UserError: an unknown flag, mode or configuration key, or a value of the wrong type.
     """
+    given = _config_argument(argv) or "configs/tiny.py"
     argv = _with_config_file(argv)
     values = flags.FlagValues()
     define_flags(values, argv)
@@ -86,9 +89,16 @@ def parse(argv: list[str]) -> flags.FlagValues:
     if len(rest) > 1:
         raise UserError(f"command line: unexpected {rest[1]!r}; usage: {USAGE}")
     if values.workdir is None:
-        name = pathlib.Path((_config_argument(argv) or "").partition(":")[0]).stem
-        values.workdir = str(pathlib.Path("runs") / name)
+        values.workdir = str(pathlib.Path("runs") / _run_name(given))
     return values
+
+
+def _run_name(config: str) -> str:
+    """The default name of a run: `tiny`, `tiny-smoke`, or that of the run whose config.json is given."""
+    path, _, argument = config.partition(":")
+    if path.endswith(".json"):
+        return pathlib.Path(path).absolute().parent.name
+    return pathlib.Path(path).stem + (f"-{argument}" if argument else "")
 
 
 def run(argv: list[str]) -> dict[str, object]:

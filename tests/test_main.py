@@ -13,7 +13,7 @@ import pytest
 
 import llm_jepa_jax
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.main import run
+from llm_jepa_jax.main import parse, run
 from tests.conftest import CACHE, REPOSITORY
 
 TIMEOUT = 300
@@ -207,7 +207,7 @@ SMOKE = "--config=configs/tiny.py:smoke"
         ([SMOKE, "--mode=fly"], "--mode"),
         ([SMOKE, "--colour=red"], "colour"),
         ([SMOKE, "stray"], "unexpected 'stray'"),
-        (["--mode=eval", "--workdir=/nowhere"], "no such file"),
+        (["--mode=eval", "--workdir=/nowhere"], "--workdir=/nowhere: holds no run"),
         ([SMOKE, "--workdir=/proc/none"], "cannot write there"),
     ],
 )
@@ -251,3 +251,15 @@ def test_no_room_on_the_disk_is_one_line(tmp_path):
     last = process.stderr.splitlines()[-1]
     assert process.returncode == 2 and last.startswith("error: ") and "cannot write a checkpoint" in last, last
     assert llm_jepa_jax.load(workdir).run.step == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [("configs/tiny.py", "tiny"), ("configs/llama8b.py:smoke", "llama8b-smoke"), ("runs/mine/config.json", "mine")],
+)
+def test_runs_are_named_after_their_configuration(config, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.json").write_text("{}")
+    assert parse(["main", f"--config={config}"]).workdir == f"runs/{name}"

@@ -83,7 +83,7 @@ def test_packed_segments_equal_segments_alone(longest):
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
-@pytest.mark.parametrize(("block", "longest"), [(8, 0), (64, 0), (64, 10), (64, 31), (64, 32)])
+@pytest.mark.parametrize(("block", "longest"), [(8, 0), (64, 10), (64, 32)])
 def test_attention_equals_a_dense_reference(monkeypatch, heads, block, longest):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     monkeypatch.setattr(attention, "BLOCK_MULTIPLE", 8)
