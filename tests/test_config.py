@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import pytest
+from jax.sharding import AxisType
 
 from llm_jepa_jax.config import (
     Config,
@@ -92,7 +93,7 @@ def test_mesh_fills_and_refuses():
 
 
 def test_mesh_axes_are_automatic():
-    assert {str(kind) for kind in make_mesh(MeshConfig()).axis_types} == {"Auto"}
+    assert set(make_mesh(MeshConfig()).axis_types) == {AxisType.Auto}
 
 
 def test_contradictions_name_key_value_and_fix():

@@ -2,6 +2,7 @@
 """Documents that are made stay fresh, and the commands they name exist."""
 
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -25,7 +26,7 @@ def commands():
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", document.read_text(), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 if "llm_jepa_jax.main" in line:
-                    arguments = line.split("llm_jepa_jax.main")[1].split("#")[0].split()
+                    arguments = shlex.split(line.split("llm_jepa_jax.main")[1], comments=True)
                     yield pytest.param(arguments, id=f"{document.name}:{' '.join(arguments)[:60]}")
 
 

@@ -51,6 +51,15 @@ def test_sizes_out_of_range_name_the_key_and_the_fix():
         train_tokenizer(["abc"], 100)
 
 
+def test_a_wrong_record_among_the_texts_is_what_gets_reported():
+    def texts():
+        yield "a word"
+        raise UserError("a.jsonl:2: not JSON")
+
+    with pytest.raises(UserError, match="a.jsonl:2: not JSON"):
+        train_tokenizer(texts(), 320)
+
+
 def test_foreign_files_are_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="No such file"):
         load_tokenizer(tmp_path / "none.model")

@@ -6,7 +6,7 @@ import hashlib
 import io
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import sentencepiece
@@ -129,14 +129,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         "shuffle_input_sentence": False,
         "minloglevel": 2,
     }  # fmt: skip
-    sentences = (line for text in texts for line in _lines(text))
+    wrong: list[UserError] = []
     try:
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **options)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts, wrong), model_writer=model, **options
+        )
     except RuntimeError as error:
+        if wrong:
+            raise wrong[0] from None
         largest = re.search(r"<= (\d+)", str(error))
         fix = f"use at most {largest[1]}" if largest else "use a smaller one or more text"
         raise UserError(f"config: `text.vocab_size`={vocab_size} is too large for this text; {fix}") from error
     return Tokenizer(model.getvalue())
+
+
+def _sentences(texts: Iterable[str], wrong: list[UserError]) -> Iterator[str]:
+    """Lines of `texts`; what a text is refused for goes to `wrong` too, as SentencePiece hides its iterator's errors."""
+    try:
+        for text in texts:
+            yield from _lines(text)
+    except UserError as error:
+        wrong.append(error)
+        raise
 
 
 def _lines(text: str) -> Iterable[str]:
