@@ -20,5 +20,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.objective.vicreg.weight = 0.1
     config.opt.update(learning_rate=3e-3, warmup_steps=50)
     config.train.num_epochs = 2
-    config.eval.max_new_tokens = 96
+    config.eval.update(every_steps=100, max_new_tokens=96)
     return finish(config, arg)

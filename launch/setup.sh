@@ -26,7 +26,8 @@ set_up() {
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing llm_jepa_jax${extras:+[$extras]}"
         .venv/bin/python -m pip install --quiet --upgrade pip
-        .venv/bin/python -m pip install --quiet --editable ".${extras:+[$extras]}"
+        # setuptools warns at every editable install of a repository laid out like this one.
+        PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --editable ".${extras:+[$extras]}"
         echo "$wanted" >"$stamp"
     fi
 }

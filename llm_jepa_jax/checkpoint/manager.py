@@ -13,6 +13,8 @@ from llm_jepa_jax.config import CheckpointConfig
 from llm_jepa_jax.errors import UserError
 
 LOG = logging.getLogger("llm_jepa_jax")
+# Orbax warns at every save without a score; saving between evaluations is what we want.
+logging.getLogger("absl").addFilter(lambda record: "did not provide metrics" not in record.getMessage())
 NO_SPACE_WORDS = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota exceeded")
 
 

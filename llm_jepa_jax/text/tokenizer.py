@@ -144,7 +144,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _sentences(texts: Iterable[str], wrong: list[UserError]) -> Iterator[str]:
-    """Lines of `texts`; what a text is refused for goes to `wrong` too, as SentencePiece hides its iterator's errors."""
+    """Lines of `texts`; refusals go to `wrong` too, as SentencePiece hides its iterator's errors."""
     try:
         for text in texts:
             yield from _lines(text)
