@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -38,28 +39,37 @@ class Run:
     """The system turn that the run's evaluation records begin with, or an empty string."""
 
 
-def claim(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, splits: Splits) -> None:
-    """Makes the run directory, or checks that the run in it is this one.
+def check_directory(workdir: pathlib.Path, config: Config, splits: Splits) -> None:
+    """Makes the run directory if it is not there; a run in it must be this one.
 
     Raises:
         UserError: it cannot be written, or it holds a run of another configuration or other data.
     """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot write there: {error.strerror}; name another directory") from error
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir}: cannot write there: no permission; name another directory")
+    if (workdir / "config.json").exists():
+        _check_same_run(workdir, config, _facts(splits))
+
+
+def claim(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, splits: Splits) -> None:
+    """Writes what makes a checked directory this run's: once its data are known to be good."""
+    if jax.process_index() == 0:
+        tokenizer.save(workdir / "tokenizer.model")
+        _write(workdir / "run.json", json.dumps(_facts(splits), indent=2))
+        _write(workdir / "config.json", json.dumps(to_dict(config), indent=2))
+
+
+def _facts(splits: Splits) -> dict[str, str]:
     first = splits.eval[0].messages[0]
-    facts = {
+    return {
         "system": first.content if first.role == "system" else "",
         "train_hash": splits.train.content_hash,
         "eval_hash": splits.eval.content_hash,
     }
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if (workdir / "config.json").exists():
-            _check_same_run(workdir, config, facts)
-        if jax.process_index() == 0:
-            tokenizer.save(workdir / "tokenizer.model")
-            _write(workdir / "run.json", json.dumps(facts, indent=2))
-            _write(workdir / "config.json", json.dumps(to_dict(config), indent=2))
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot write there: {error.strerror}; name another directory") from error
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -229,6 +229,17 @@ def test_wrong_input_ends_with_code_2_and_no_stack_trace(tmp_path):
     assert "Traceback" not in err
 
 
+def test_a_refused_start_leaves_the_directory_free(tmp_path, monkeypatch):
+    """The fix that the message names works in the same directory."""
+    monkeypatch.chdir(REPOSITORY)
+    workdir = tmp_path / "run"
+    small = [SMOKE, f"--workdir={workdir}", "--config.log.report=False", "--config.mesh.data=8"]
+    with pytest.raises(UserError, match="records do not fit data.row_length=24"):
+        run(["main", *small, "--config.data.row_length=24"])
+    assert not (workdir / "config.json").exists()
+    assert run(["main", *small])["step"] == 4
+
+
 def test_a_changed_key_or_file_does_not_overwrite_a_run(trained, tmp_path, monkeypatch):
     workdir, _ = trained
     monkeypatch.chdir(REPOSITORY)

@@ -122,7 +122,7 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path, tokenizer):
     factory = state_factory(config, mesh, STEPS)
     step = make_train_step(factory, STEPS)
     good = host_batch(data)
-    bad = replace_rows(good, target_weight=good.target_weight * np.float32(np.inf))
+    bad = replace_rows(good, target_weight=np.full_like(good.target_weight, np.inf))
     state = factory.create()
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     skipped = []
