@@ -16,14 +16,19 @@ class Batch:
 
     All indices are absolute within their row. An unused slot has weight 0 and index 0. Segment 0 is padding; tokens
     see only earlier tokens of their own segment. `positions` restart at 0 in every segment.
+
+    T is L, or in the `shared` layout L + P·k: behind the trunk, each pair has a branch of k predictor tokens. They see
+    the trunk up to their pair's `branch_end`, and the branch's earlier tokens; their positions go on from there.
     """
 
     tokens: Any
-    """[R, L] token ids; 0 at padding."""
+    """[R, T] token ids; 0 at padding."""
     positions: Any
-    """[R, L] position of each token within its segment."""
+    """[R, T] position of each token within its segment."""
     segments: Any
     """[R, L] segment of each token, from 1 up in a row; 0 = padding."""
+    branch_end: Any
+    """[R, P] last place of the trunk that a pair's branch sees; 0 in layouts without branches."""
     target_index: Any
     """[R, M] place whose next token is predicted."""
     targets: Any
@@ -53,13 +58,22 @@ class RowShape:
     pair_slots: int
     longest_segment: int = 0
     """No segment has more tokens; 0: not known. Attention need not look further back."""
+    branch: int = 0
+    """Tokens of each pair slot's branch behind the row."""
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row and its branches."""
+        return self.length + self.pair_slots * self.branch
 
 
 def empty_row(shape: RowShape) -> dict[str, np.ndarray]:
     """One row of padding as writable arrays, without the R axis."""
-    sizes = {"target": (shape.target_slots,), "pair": (shape.pair_slots,), "token": (shape.length,)}
+    sizes = {
+        "target": (shape.target_slots,), "pair": (shape.pair_slots,), "token": (shape.width,), "trunk": (shape.length,)
+    }  # fmt: skip
     of = {
-        "tokens": "token", "positions": "token", "segments": "token",
+        "tokens": "token", "positions": "token", "segments": "trunk", "branch_end": "pair",
         "target_index": "target", "targets": "target", "target_weight": "target",
         "predictor_index": "pair", "code_index": "pair", "pair_weight": "pair",
     }  # fmt: skip

@@ -51,8 +51,9 @@ class DataConfig:
     synthetic_eval: int = key(1000, "size of the embedded corpus's test split", "records")
     layout: str = key(
         "separate",
-        "how views lie in rows: `separate` packs, `padded` puts one example in a row",
-        choices=("separate", "padded"),
+        "how views lie in rows: `separate` packs them beside their conversation, `shared` reads the text view inside "
+        "the conversation and packs the code view alone, `padded` is `separate` with one example in a row",
+        choices=("separate", "shared", "padded"),
     )
     row_length: int = key(512, "length of a packed row", "tokens")
     rows_per_step: int = key(32, "rows of one optimizer step, over all devices and micro-batches", "rows")

@@ -30,6 +30,7 @@ def reference_batch(golden, expected, predictors):
         tokens=tokens,
         positions=positions,
         segments=segments.astype(np.int32),
+        branch_end=np.zeros((len(tokens), 1), np.int32),
         target_index=index,
         targets=tokens[:, 1:length],
         target_weight=mask[:, 1:].astype(np.float32),

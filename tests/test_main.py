@@ -191,7 +191,7 @@ SMOKE = "--config=configs/tiny.py:smoke"
         (["--config=configs/tiny.py:huge"], "presets take `:smoke` or nothing, not `:huge`"),
         ([SMOKE, "--config.opt.learning_rat=1"], "learning_rat"),
         ([SMOKE, "--config.opt.learning_rate=fast"], "learning_rate"),
-        ([SMOKE, "--config.data.layout=shard"], "`data.layout`='shard'; use one of separate, padded"),
+        ([SMOKE, "--config.data.layout=shard"], "`data.layout`='shard'; use one of separate, shared, padded"),
         ([SMOKE, "--config.mesh.fsdp=3"], "`mesh.fsdp`=3 does not divide 8 devices; use 1, 2, 4, 8, or -1 to fill"),
         ([SMOKE, "--config.mesh.data=2"], "leaves 6 of 8 devices idle"),
         ([SMOKE, "--config.mesh.tensor=4", "--config.mesh.data=2"], "does not divide `model.num_kv_heads`=2"),

@@ -69,6 +69,35 @@ def test_no_gradient_from_a_later_token_another_segment_or_padding(monkeypatch, 
 
 
 @pytest.mark.parametrize("longest", [0, 20])
+def test_a_branch_depends_on_its_prefix_and_its_own_earlier_tokens_only(monkeypatch, longest):
+    monkeypatch.setattr(attention, "BLOCK_MULTIPLE", 4)
+    tokens, positions, segments = packed(length=64)
+    branch_end, k = np.array([[8, 30, 3]], np.int32), 2
+    positions = np.concatenate([positions, [[p + i for p in positions[0, branch_end[0]] for i in (1, 2)]]], axis=1)
+    embedding = jax.random.normal(jax.random.key(2), (70, CONFIG.embed_dim))
+    config = dataclasses.replace(CONFIG, vocab_size=70)
+
+    def states(embedding):
+        places = np.arange(70, dtype=np.int32)[None]
+        params = PARAMS | {"embedding": embedding}
+        return forward(
+            params, config, places, positions, segments, branch_end, dtype=jnp.float32, longest_segment=longest
+        )[0]
+
+    directions = np.random.default_rng(1).normal(size=CONFIG.embed_dim).astype(np.float32)
+    depends = np.abs(np.asarray(jax.jacrev(lambda e: states(e) @ directions)(embedding))).sum(-1) > 0
+    expected = np.zeros((70, 70), bool)
+    expected[:64, :64] = np.tril(segments[0][:, None] == segments[0][None, :])
+    for branch, end in enumerate(branch_end[0]):
+        for i in range(k):
+            query = 64 + branch * k + i
+            expected[query, :64] = (segments[0] == segments[0][end]) & (np.arange(64) <= end)
+            expected[query, 64 + branch * k : query + 1] = True
+    real = np.concatenate([segments[0] > 0, np.ones(6, bool)])
+    np.testing.assert_array_equal(depends[real], expected[real])
+
+
+@pytest.mark.parametrize("longest", [0, 20])
 def test_packed_segments_equal_segments_alone(longest):
     tokens, positions, segments = packed()
     whole = forward(PARAMS, CONFIG, tokens, positions, segments, dtype=jnp.float32, longest_segment=longest)

@@ -35,7 +35,7 @@ def assert_same(one, other):
             np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-@pytest.mark.parametrize("layout", ["separate", "padded"])
+@pytest.mark.parametrize("layout", ["separate", "shared", "padded"])
 @pytest.mark.parametrize("targets", ["assistant", "all"])
 @pytest.mark.parametrize("predictors", [0, 3])
 def test_rows_say_what_the_records_say(tmp_path, tokenizer, layout, targets, predictors):
@@ -55,7 +55,7 @@ def test_rows_say_what_the_records_say(tmp_path, tokenizer, layout, targets, pre
         expected["pair"][tuple(text)] = tuple(render_view(tokenizer, "assistant", source[i].code, "content"))
     seen_conversations, seen_pairs = [], 0
     for row in (data.rows()[i] for i in range(len(data.rows()))):
-        found = check_row(row, expected)
+        found = check_row(row if layout != "shared" else as_separate(row, predictors), expected)
         seen_conversations += found[0]
         seen_pairs += found[1]
         if layout == "padded":
@@ -71,6 +71,45 @@ def data_source(config):
     from llm_jepa_jax.data.sources import open_splits
 
     return open_splits(config.data, config.seed).train
+
+
+def as_separate(row, predictors):
+    """A row of the shared layout with each pair's branch and what it sees as a text view before the code view."""
+    length = len(row["segments"])
+    out = {name: [] for name in ("tokens", "positions", "segments")}
+    pairs = np.flatnonzero(row["pair_weight"])
+    code_segments = {int(row["segments"][row["code_index"][pair]]): int(pair) for pair in pairs}
+    moved, ends, number = {}, {}, 0
+
+    def put(places):
+        nonlocal number
+        number += 1
+        for place in places:
+            moved.setdefault(place, len(out["tokens"]))
+            for name, value in (("tokens", row["tokens"]), ("positions", row["positions"])):
+                out[name].append(int(value[place]))
+            out["segments"].append(number)
+        return len(out["tokens"]) - 1
+
+    for segment in range(1, int(row["segments"].max(initial=0)) + 1):
+        if segment in code_segments:
+            pair = code_segments[segment]
+            end, first = int(row["branch_end"][pair]), length + pair * predictors
+            assert row["segments"][end] == segment - 1, "a branch hangs off the conversation before its code view"
+            branch = list(range(first, first + predictors))
+            assert row["predictor_index"][pair] == (branch[-1] if branch else end)
+            ends[pair] = put([*np.flatnonzero((row["segments"] == segment - 1) & (np.arange(length) <= end)), *branch])
+        put(np.flatnonzero(row["segments"] == segment).tolist())
+    free = set(range(length, len(row["tokens"]))) - {
+        length + p * predictors + i for p in pairs for i in range(predictors)
+    }
+    assert not row["tokens"][list(free)].any() and not row["branch_end"][row["pair_weight"] == 0].any()
+    used = row["target_weight"] > 0
+    values = {name: np.array([*values, 0]) for name, values in out.items()}
+    values["target_index"] = np.where(used, [moved.get(i, 0) for i in row["target_index"]], 0)
+    values["predictor_index"] = np.array([ends.get(p, 0) for p in range(len(row["pair_weight"]))])
+    values["code_index"] = np.array([moved.get(i, 0) for i in row["code_index"]])
+    return row | values
 
 
 def check_row(row, expected):
@@ -234,7 +273,7 @@ def test_any_row_can_be_read_back(records, predictors, targets, data):
     shape = RowShape(length=700, target_slots=260, pair_slots=12)
     with_pair = np.array([r[3] for r in records])
     order = rng.permutation(len(records))
-    row = RowBuilder(FakeCorpus(arrays), shape, targets, ids)(order, with_pair[order])
+    row = RowBuilder(FakeCorpus(arrays), shape, targets, ids, shared=False)(order, with_pair[order])
     expected, wanted, ends, place = [], [], [], 0
     for i in order:
         segments = [arrays["conversation"][i].tolist()]
@@ -284,13 +323,42 @@ def test_a_wrong_record_names_its_line(tmp_path, tokenizer):
         small_data(small_config(tmp_path, data={"train": str(path), "eval": str(path)}), tokenizer)
 
 
-def test_inspection_shows_views_and_fill(tmp_path, tokenizer):
-    data = small_data(small_config(tmp_path), tokenizer)
+def test_a_text_view_outside_the_conversation_needs_the_separate_layout(tmp_path, tokenizer):
+    turns = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    path = tmp_path / "a.jsonl"
+    lines = [{"messages": turns}, {"messages": turns, "text": "another", "code": "c"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = {"train": str(path), "eval": str(path)}
+    small_data(small_config(tmp_path, data=files), tokenizer)
+    with pytest.raises(UserError, match=r"a.jsonl:2: `text` is not the last user turn .*use data.layout=separate"):
+        small_data(small_config(tmp_path, data=files | {"layout": "shared"}), tokenizer)
+
+
+@pytest.mark.parametrize("view_end", ["content", "turn"])
+def test_a_branch_hangs_off_the_end_of_the_text_view(tmp_path, tokenizer, view_end):
+    """After a system turn and an earlier exchange too."""
+    turns = [("system", "be brief"), ("user", "a"), ("assistant", "b"), ("user", "c d"), ("assistant", "e")]
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+    files = {"train": str(path), "eval": str(path), "layout": "shared"}
+    row = small_data(small_config(tmp_path, data=files, objective={"jepa": {"view_end": view_end}}), tokenizer).rows()[
+        0
+    ]
+    end = int(row["branch_end"][0])
+    seen = [tokenizer.role_ids["user"], *tokenizer.encode("c d")]
+    seen += [tokenizer.end_of_turn_id] if view_end == "turn" else []
+    assert row["tokens"][end + 1 - len(seen) : end + 1].tolist() == seen
+    assert row["positions"][row["predictor_index"][0]] == end + 1
+
+
+@pytest.mark.parametrize("layout", ["separate", "shared"])
+def test_inspection_shows_views_and_fill(tmp_path, tokenizer, layout):
+    data = small_data(small_config(tmp_path, data={"layout": layout}), tokenizer)
     out = io.StringIO()
     show_rows(data, tokenizer, 1, Console(file=out, width=200))
     text = out.getvalue()
     for words in (
-        "text view",
+        {"separate": "text view", "shared": "branch"}[layout],
         "code view",
         "<|predictor_1|>",
         "← pair 0",

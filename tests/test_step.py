@@ -48,10 +48,11 @@ def losses_of(config, tokenizer, devices):
         ({"fsdp": 2, "data": 1}, 2, 4),
     ],
 )
-def test_devices_and_micro_batches_change_nothing(tmp_path, tokenizer, mesh, devices, micro_batches):
-    objective = {"jepa": {"dropout": 0.4}}
-    plain, state = losses_of(small_config(tmp_path, objective=objective), tokenizer, 1)
-    config = small_config(tmp_path, objective=objective, mesh=mesh, train={"micro_batches": micro_batches})
+@pytest.mark.parametrize("layout", ["separate", "shared"])
+def test_devices_and_micro_batches_change_nothing(tmp_path, tokenizer, mesh, devices, micro_batches, layout):
+    same = {"objective": {"jepa": {"dropout": 0.4}}, "data": {"layout": layout}}
+    plain, state = losses_of(small_config(tmp_path, **same), tokenizer, 1)
+    config = small_config(tmp_path, **same, mesh=mesh, train={"micro_batches": micro_batches})
     other, other_state = losses_of(config, tokenizer, devices)
     np.testing.assert_allclose(other, plain, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, other_state.params)
@@ -70,6 +71,30 @@ def test_micro_batches_add_gradients_by_weight(tmp_path, tokenizer):
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
     chex.assert_trees_all_close(parts[1], whole[1], rtol=1e-4, atol=1e-7)
     chex.assert_trees_all_close(parts[2]["sums"], whole[2]["sums"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("view_end", ["content", "turn"])
+@pytest.mark.parametrize("predictors", [0, 1, 3])
+def test_shared_equals_separate_where_the_text_begins_the_conversation(tmp_path, tokenizer, predictors, view_end):
+    """Loss and gradient over the same examples, 1e-5."""
+    results = {}
+    for layout in ("separate", "shared"):
+        jepa = {"num_predictors": predictors, "view_end": view_end, "dropout": 0.3}
+        config = small_config(
+            tmp_path,
+            data={"layout": layout, "rows_per_step": 24},
+            objective={"jepa": jepa},
+            train={"num_steps": 0, "num_epochs": 1},
+        )
+        data = small_data(config, tokenizer)
+        assert data.end <= 24  # all examples in one step, whatever their rows
+        params = init_params(jax.random.key(0), config.model, jnp.float32)
+        results[layout] = gradients(params, host_batch(data), config, data.shape.longest_segment)
+    (total, grads, aux, weights), (other, other_grads, other_aux, other_weights) = results.values()
+    assert weights == other_weights and weights["jepa"] > 20
+    np.testing.assert_allclose(other, total, rtol=1e-5)
+    np.testing.assert_allclose(other_aux["sums"]["jepa"], aux["sums"]["jepa"], rtol=1e-5)
+    chex.assert_trees_all_close(other_grads, grads, rtol=1e-5, atol=1e-6)
 
 
 def test_packed_and_padded_rows_give_each_example_the_same_loss_and_gradient(tmp_path, tokenizer):

@@ -14,11 +14,13 @@ from llm_jepa_jax.data.sources import Source
 from llm_jepa_jax.text.chat import render, render_view
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
-VERSION = "1"
+VERSION = "2"
 """Changes with the layout of the files or the rendering of a conversation."""
 RAGGED = ("conversation", "text_view", "code_view")
 ALIGNED = ("roles", "assistant_target")
 """Arrays with one value for every token of the conversations."""
+ELSEWHERE = -1
+"""`text_end` of a record whose text view is not the last user turn of its conversation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +28,15 @@ class TokenizedCorpus:
     """Memory-mapped ragged arrays of N records; pickles as its directory.
 
     `conversation`, `text_view` and `code_view` hold int32 token ids (views without predictor tokens), `roles` (uint8)
-    and `assistant_target` (bool) go with the tokens of `conversation`.
+    and `assistant_target` (bool) go with the tokens of `conversation`. `text_end` (int32 [N]) is the place in the
+    conversation where the text view ends, or `ELSEWHERE`.
     """
 
     directory: pathlib.Path
 
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
-        names = [*RAGGED, *ALIGNED, *(f"{name}_offsets" for name in RAGGED)]
+        names = [*RAGGED, *ALIGNED, "text_end", *(f"{name}_offsets" for name in RAGGED)]
         # As plain arrays over the mapped memory: slicing a `np.memmap` costs several times as much.
         return {name: np.asarray(np.load(self.directory / f"{name}.npy", mmap_mode="r")) for name in names}
 
@@ -51,6 +54,11 @@ class TokenizedCorpus:
     def lengths(self, name: str) -> np.ndarray:
         """int64 [N] tokens of each record's conversation or view."""
         return np.diff(self._arrays[f"{name}_offsets"])
+
+    @property
+    def text_end(self) -> np.ndarray:
+        """int32 [N]: place in each conversation where its text view ends, or `ELSEWHERE`."""
+        return self._arrays["text_end"]
 
     def num_targets(self, targets: str) -> np.ndarray:
         """int64 [N] next-token targets of each record, for `objective.ntp.targets`."""
@@ -89,14 +97,18 @@ def _publish(part: pathlib.Path, directory: pathlib.Path) -> None:
 
 def _write(source: Source, tokenizer: Tokenizer, view_end: str, directory: pathlib.Path) -> None:
     values: dict[str, list[np.ndarray]] = {name: [] for name in (*RAGGED, *ALIGNED)}
+    text_ends = []
     for index in range(len(source)):
         record = source[index]
         rendered = render(tokenizer, record.messages)
         values["conversation"].append(rendered.tokens)
         values["roles"].append(rendered.roles)
         values["assistant_target"].append(rendered.assistant_target)
+        end = rendered.turn_ends[-2] - (0 if view_end == "turn" else 1)
+        text_ends.append(end if record.text == record.messages[-2].content else ELSEWHERE)
         for name, role, content in (("text_view", "user", record.text), ("code_view", "assistant", record.code)):
             values[name].append(np.array(render_view(tokenizer, role, content, view_end), np.int32))
+    np.save(directory / "text_end.npy", np.array(text_ends, np.int32))
     for name, arrays in values.items():
         np.save(directory / f"{name}.npy", np.concatenate(arrays))
         if name in RAGGED:

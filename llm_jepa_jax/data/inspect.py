@@ -37,22 +37,39 @@ def show_rows(data: TrainData, tokenizer: Tokenizer, num_rows: int, console: Con
 
 
 def _show_row(row: dict[str, np.ndarray], number: int, tokenizer: Tokenizer, console: Console) -> None:
-    used = int((row["segments"] > 0).sum())
-    console.rule(f"row {number}: {int(row['num_examples'])} examples, {used} of {len(row['tokens'])} tokens")
+    length, segments = len(row["segments"]), row["segments"]
+    used = int((segments > 0).sum())
+    console.rule(f"row {number}: {int(row['num_examples'])} examples, {used} of {length} tokens")
     texts, codes, targets = _marks(row)
-    for segment in range(1, int(row["segments"].max(initial=0)) + 1):
-        places = np.flatnonzero(row["segments"] == segment)
+    for segment in range(1, int(segments.max(initial=0)) + 1):
+        places = np.flatnonzero(segments == segment).tolist()
         view = "text view" if places[-1] in texts else "code view" if places[-1] in codes else "conversation"
-        line = Text(
-            f"{segment:3d} {view:<12} pos {row['positions'][places[0]]}–{row['positions'][places[-1]]}  ", "dim"
-        )
-        for place in places.tolist():
-            line.append_text(_token(row, place, view, place in targets, tokenizer))
-        if view != "conversation":
-            line.append(f"  ← pair {(texts if view == 'text view' else codes)[places[-1]]}", "dim")
+        line = _line(row, f"{segment:3d} {view:<12}", places)
+        ends = set(places) & (texts.keys() | codes.keys())
+        for place in places:
+            line.append_text(_token(int(row["tokens"][place]), view, place in targets, place in ends, tokenizer))
+        for end in sorted(ends):
+            line.append(f"  ← pair {(texts | codes)[end]}", "dim")
         console.print(line)
-    if used < len(row["tokens"]):
-        console.print(Text(f"    padding      {len(row['tokens']) - used} tokens", STYLES["padding"]))
+    if used < length:
+        console.print(Text(f"    padding      {length - used} tokens", STYLES["padding"]))
+    _show_branches(row, tokenizer, console)
+
+
+def _show_branches(row: dict[str, np.ndarray], tokenizer: Tokenizer, console: Console) -> None:
+    """The predictor tokens behind the row, and where each branch hangs."""
+    length, pairs = len(row["segments"]), np.flatnonzero(row["pair_weight"])
+    size = (len(row["tokens"]) - length) // len(row["pair_weight"])
+    for pair in pairs.tolist() if size else []:
+        places = list(range(length + pair * size, length + (pair + 1) * size))
+        line = _line(row, f"    branch       of place {row['branch_end'][pair]}", places)
+        for place in places:
+            line.append_text(_token(int(row["tokens"][place]), "predictor", False, place == places[-1], tokenizer))
+        console.print(line.append(f"  ← pair {pair}", "dim"))
+
+
+def _line(row: dict[str, np.ndarray], name: str, places: list[int]) -> Text:
+    return Text(f"{name} pos {row['positions'][places[0]]}–{row['positions'][places[-1]]}  ", "dim")
 
 
 def _marks(row: dict[str, np.ndarray]) -> tuple[dict[int, int], dict[int, int], set[int]]:
@@ -64,10 +81,6 @@ def _marks(row: dict[str, np.ndarray]) -> tuple[dict[int, int], dict[int, int], 
     return texts, codes, set(predicted.tolist())
 
 
-def _token(row: dict[str, np.ndarray], place: int, view: str, is_target: bool, tokenizer: Tokenizer) -> Text:
-    index = int(row["tokens"][place])
-    is_end = view != "conversation" and (
-        place + 1 == len(row["tokens"]) or row["segments"][place + 1] != row["segments"][place]
-    )
+def _token(index: int, view: str, is_target: bool, is_end: bool, tokenizer: Tokenizer) -> Text:
     style = STYLES["predictor"] if index in tokenizer.predictor_ids else TARGET if is_target else STYLES[view]
     return Text(tokenizer.piece(index), f"{style} {PAIR_END}" if is_end else style).append("·", "bright_black")

@@ -50,13 +50,14 @@ def slot_sizes(
         needed_targets = max(int(targets_N.max()), int(np.ceil(1.25 * (targets_N @ weights_N) / rows)))
         needed_pairs = max(1, int(np.ceil(1.25 * (pairs_N @ weights_N) / rows)))
 
-    def size(given: int, needed: int) -> int:
-        return given or min(shape.length, -(-needed // SLOT_MULTIPLE) * SLOT_MULTIPLE)
+    def size(given: int, needed: int, multiple: int) -> int:
+        return given or min(shape.length, -(-needed // multiple) * multiple)
 
+    # A pair slot with a branch costs tokens, so none is added for the sake of a round number.
     return dataclasses.replace(
         shape,
-        target_slots=size(shape.target_slots, needed_targets),
-        pair_slots=size(shape.pair_slots, needed_pairs),
+        target_slots=size(shape.target_slots, needed_targets, SLOT_MULTIPLE),
+        pair_slots=size(shape.pair_slots, needed_pairs, 1 if shape.branch else SLOT_MULTIPLE),
     )
 
 

@@ -17,7 +17,7 @@ from grain.experimental import ElasticIterator
 
 from llm_jepa_jax.batch import RowShape
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.data.corpus import TokenizedCorpus, tokenize_source
+from llm_jepa_jax.data.corpus import ELSEWHERE, TokenizedCorpus, tokenize_source
 from llm_jepa_jax.data.packing import Plan, plan_rows, shuffled, slot_sizes
 from llm_jepa_jax.data.rows import RowBuilder
 from llm_jepa_jax.data.sources import Source
@@ -64,7 +64,8 @@ class Epochs:
         data, jepa = self._config.data, self._config.objective.jepa
         fits, costs = self.fits_N, self.costs
         longest = int(costs.longest_N[fits].max(initial=0))
-        shape = RowShape(data.row_length, data.target_slots, data.pair_slots, longest)
+        branch = jepa.num_predictors if data.layout == "shared" and jepa.weight else 0
+        shape = RowShape(data.row_length, data.target_slots, data.pair_slots, longest, branch)
         if not fits.any():
             return shape
         share = np.full(int(fits.sum()), (1.0 - jepa.dropout) if jepa.weight else 0.0)
@@ -181,14 +182,15 @@ class TrainData:
         """Sizes and fill of the first epoch."""
         plan = self.epochs.plan(0)
         conversation, views = self.epochs.tokens_per_record()
+        in_branches = int(self.epochs.pairs(0, plan.examples).sum()) * self.shape.branch
         return {
             "examples": len(plan.examples),
             "dropped": self.dropped.count,
             "rows_per_epoch": len(plan),
             "examples_per_row": len(plan.examples) / len(plan),
-            "fill": plan.tokens / (len(plan) * self.shape.length),
+            "fill": (plan.tokens + in_branches) / (len(plan) * self.shape.width),
             "conversation_tokens": conversation,
-            "view_tokens": views,
+            "view_tokens": views + self.shape.branch,
             "target_slots": self.shape.target_slots,
             "pair_slots": self.shape.pair_slots,
             "num_steps": self.num_steps,
@@ -208,7 +210,9 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
     dropped = _drop(config, source, epochs)
     _check_sizes(config, source, epochs)
     predictors = tokenizer.predictor_ids[: jepa.num_predictors]
-    builder = RowBuilder(corpus, epochs.shape, config.objective.ntp.targets, predictors)
+    if config.data.layout == "shared" and jepa.weight:
+        _check_views_inside(source, corpus)
+    builder = RowBuilder(corpus, epochs.shape, config.objective.ntp.targets, predictors, config.data.layout == "shared")
     rows_per_step = config.data.rows_per_step
     if config.train.num_steps:
         num_steps = config.train.num_steps
@@ -217,6 +221,16 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
         end = epochs.start(config.train.num_epochs)
         num_steps = -(-end // rows_per_step)
     return TrainData(config, epochs, builder, num_steps, end, dropped)
+
+
+def _check_views_inside(source: Source, corpus: TokenizedCorpus) -> None:
+    """The shared layout reads the text view inside the conversation: it must be there."""
+    elsewhere = np.flatnonzero(corpus.text_end == ELSEWHERE)
+    if len(elsewhere):
+        raise UserError(
+            f"{source.location(int(elsewhere[0]))}: `text` is not the last user turn (so in {len(elsewhere)} of "
+            f"{len(corpus)} records), but `data.layout`=shared reads it there; use data.layout=separate"
+        )
 
 
 def _check_sizes(config: Config, source: Source, epochs: Epochs) -> None:

@@ -51,6 +51,7 @@ class Costs:
 
     conversation_N: np.ndarray
     views_N: np.ndarray
+    """Tokens of the row that a pair adds; branches have places of their own."""
     targets_N: np.ndarray
     longest_N: np.ndarray
     """Tokens of the longest segment of each."""
@@ -61,11 +62,13 @@ class Costs:
 
 
 def example_costs(corpus: TokenizedCorpus, config: Config) -> Costs:
-    """Exact costs of every record under the objective."""
-    predictors = config.objective.jepa.num_predictors
-    text_N, code_N = corpus.lengths("text_view") + predictors, corpus.lengths("code_view")
-    if not config.objective.jepa.weight:
-        text_N, code_N = np.zeros_like(text_N), np.zeros_like(code_N)
+    """Exact costs of every record under the layout and the objective."""
+    jepa = config.objective.jepa
+    text_N, code_N = corpus.lengths("text_view") + jepa.num_predictors, corpus.lengths("code_view")
+    if not jepa.weight:
+        code_N = np.zeros_like(code_N)
+    if not jepa.weight or config.data.layout == "shared":
+        text_N = np.zeros_like(text_N)
     conversation_N = corpus.lengths("conversation")
     longest_N = np.maximum(conversation_N, np.maximum(text_N, code_N))
     return Costs(conversation_N, text_N + code_N, corpus.num_targets(config.objective.ntp.targets), longest_N)

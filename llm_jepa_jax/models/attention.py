@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention within segments, on every platform (XLA)."""
+"""Causal attention within segments, and of branches to their prefix, on every platform (XLA)."""
 
 import functools
 
@@ -12,6 +12,42 @@ QUERY_BLOCK = 256
 """Queries whose scores exist at one time."""
 BLOCK_MULTIPLE = 32
 """Blocks of short segments are a multiple of this."""
+
+
+def attend_rows(
+    query_RxTxHxh: jax.Array,
+    key_RxTxKxh: jax.Array,
+    value_RxTxKxh: jax.Array,
+    segments_RxL: jax.Array,
+    branch_end_RxP: jax.Array | None = None,
+    longest_segment: int = 0,
+) -> jax.Array:
+    """Attention of whole rows, [R, T, H, h]: the trunk, and the branches of k tokens behind it where T is L + P·k.
+
+    A branch token attends to the places of one trunk segment up to its `branch_end`, and to its own branch's earlier
+    tokens and itself. Nothing else attends to a branch.
+    """
+    length = segments_RxL.shape[1]
+    query, key, value = (array[:, :length] for array in (query_RxTxHxh, key_RxTxKxh, value_RxTxKxh))
+    trunk = attend(query, key, value, segments_RxL, longest_segment)
+    size = query_RxTxHxh.shape[1] - length
+    if not size:
+        return trunk
+    allowed = _branch_mask(segments_RxL, branch_end_RxP, size)
+    branches = attend_masked(query_RxTxHxh[:, length:], key_RxTxKxh, value_RxTxKxh, allowed)
+    return jnp.concatenate([trunk, branches], axis=1)
+
+
+def _branch_mask(segments_RxL: jax.Array, branch_end_RxP: jax.Array, size: int) -> jax.Array:
+    """bool [R, B, L + B]: what the B = P·k branch tokens of a row attend to."""
+    rows, length = segments_RxL.shape
+    k = size // branch_end_RxP.shape[1]
+    parent_RxP = jnp.take_along_axis(segments_RxL, branch_end_RxP, axis=1)
+    in_segment_RxPxL = segments_RxL[:, None, :] == parent_RxP[:, :, None]
+    prefix_RxPxL = in_segment_RxPxL & (jnp.arange(length) <= branch_end_RxP[:, :, None])
+    slots_B = jnp.arange(size)
+    own_BxB = (slots_B[:, None] // k == slots_B // k) & (slots_B[:, None] >= slots_B)
+    return jnp.concatenate([jnp.repeat(prefix_RxPxL, k, axis=1), jnp.broadcast_to(own_BxB, (rows, size, size))], axis=2)
 
 
 def attend(

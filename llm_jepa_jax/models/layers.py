@@ -8,7 +8,7 @@ import jax
 from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
-from llm_jepa_jax.models.attention import attend, attend_masked
+from llm_jepa_jax.models.attention import attend_masked, attend_rows
 from llm_jepa_jax.models.ops import apply_rotary, linear, rms_norm, swiglu
 from llm_jepa_jax.parallel.sharding import constrain
 
@@ -20,6 +20,15 @@ class Cache:
 
     key_NxBxSxKxh: Any
     value_NxBxSxKxh: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which tokens of R rows may see each other; `batch.Batch` says what the arrays mean."""
+
+    segments_RxL: Any
+    branch_end_RxP: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -61,18 +70,18 @@ class Block(LlamaModule):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Any, Any, Any], tables: Any, segments_RxL: Any, decoding: Decoding | None
+        self, carry: tuple[Any, Any, Any], tables: Any, layout: Layout | None, decoding: Decoding | None
     ) -> tuple[tuple[Any, Any, Any], Any]:
         hidden_RxLxD, cache, layer = carry
         with jax.named_scope("attention"):
-            mixed, cache, kept = self._attention(hidden_RxLxD, cache, layer, tables, segments_RxL, decoding)
+            mixed, cache, kept = self._attention(hidden_RxLxD, cache, layer, tables, layout, decoding)
             hidden_RxLxD = constrain(hidden_RxLxD + mixed, "rows", "length", "embed")
         with jax.named_scope("mlp"):
             hidden_RxLxD = constrain(hidden_RxLxD + self._mlp(hidden_RxLxD), "rows", "length", "embed")
         return (hidden_RxLxD, cache, layer + 1), kept
 
     def _attention(
-        self, hidden_RxLxD: Any, cache: Any, layer: Any, tables: Any, segments_RxL: Any, decoding: Decoding | None
+        self, hidden_RxLxD: Any, cache: Any, layer: Any, tables: Any, layout: Any, decoding: Decoding | None
     ) -> tuple[Any, Any, Any]:
         config, dtype = self.config, hidden_RxLxD.dtype
         embed, heads, kv_heads, width = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
@@ -88,7 +97,8 @@ class Block(LlamaModule):
         with jax.named_scope("rope"):
             query_RxLxHxh, key_RxLxKxh = apply_rotary(query_RxLxHxh, tables), apply_rotary(key_RxLxKxh, tables)
         if decoding is None:
-            mixed_RxLxHxh = attend(query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, segments_RxL, self.longest_segment)
+            arrays = (query_RxLxHxh, key_RxLxKxh, value_RxLxKxh)
+            mixed_RxLxHxh = attend_rows(*arrays, layout.segments_RxL, layout.branch_end_RxP, self.longest_segment)
         else:
             cache = _write(cache, layer, decoding.slot, key_RxLxKxh, value_RxLxKxh)
             keys, values = cache.key_NxBxSxKxh[layer], cache.value_NxBxSxKxh[layer]

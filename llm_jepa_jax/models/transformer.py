@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
-from llm_jepa_jax.models.layers import Block, Cache, Decoding, LlamaModule
+from llm_jepa_jax.models.layers import Block, Cache, Decoding, Layout, LlamaModule
 from llm_jepa_jax.models.ops import rotary_tables
 from llm_jepa_jax.parallel.sharding import constrain
 
@@ -36,7 +36,7 @@ class Decoder(LlamaModule):
         self,
         tokens_RxL: jax.Array,
         positions_RxL: jax.Array,
-        segments_RxL: jax.Array | None,
+        layout: Layout | None,
         cache: Cache | None = None,
         decoding: Decoding | None = None,
     ) -> tuple[jax.Array, Any]:
@@ -58,7 +58,7 @@ class Decoder(LlamaModule):
         )(config, self.param_dtype, self.longest_segment, self.keep_kv, name="layers")
         tables = rotary_tables(config, positions_RxL)
         start = (hidden_RxLxD, cache, jnp.zeros((), jnp.int32))
-        (hidden_RxLxD, cache, _), kept = layers(start, tables, segments_RxL, decoding)
+        (hidden_RxLxD, cache, _), kept = layers(start, tables, layout, decoding)
         return self.norm("final_norm", hidden_RxLxD), kept if self.keep_kv else cache
 
 
@@ -66,7 +66,7 @@ def _boxed(config: ModelConfig, param_dtype: Any) -> Any:
     """Shapes with their logical axes, from one abstract init."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     decoder = Decoder(config, param_dtype)
-    return jax.eval_shape(lambda key: decoder.init(key, tokens, tokens, tokens), jax.random.key(0))["params"]
+    return jax.eval_shape(lambda key: decoder.init(key, tokens, tokens, Layout(tokens)), jax.random.key(0))["params"]
 
 
 def _is_box(node: Any) -> bool:
@@ -84,7 +84,7 @@ def abstract_params(config: ModelConfig, param_dtype: Any) -> tuple[Any, Any]:
 def init_params(key: jax.Array, config: ModelConfig, param_dtype: Any) -> Any:
     """Random parameters as a plain nested dictionary."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    boxed = Decoder(config, param_dtype).init(key, tokens, tokens, tokens)["params"]
+    boxed = Decoder(config, param_dtype).init(key, tokens, tokens, Layout(tokens))["params"]
     return jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box)
 
 
@@ -94,18 +94,19 @@ def forward(
     tokens_RxL: jax.Array,
     positions_RxL: jax.Array,
     segments_RxL: jax.Array,
+    branch_end_RxP: jax.Array | None = None,
     *,
     dtype: Any,
     remat: str = "none",
     longest_segment: int = 0,
 ) -> jax.Array:
-    """Hidden states after the final norm, [R, L, D] in the compute type.
+    """Hidden states after the final norm, [R, L, D] in the compute type ([R, T, D] with branches; see `batch.Batch`).
 
     A token sees itself and earlier tokens of its own segment. States at padding (segment 0) mean nothing.
     `longest_segment`, where it is known, is a promise that saves work: no segment has more tokens.
     """
     decoder = Decoder(config, jnp.float32, dtype=dtype, remat=remat, longest_segment=longest_segment)
-    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, segments_RxL)[0]
+    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, Layout(segments_RxL, branch_end_RxP))[0]
 
 
 def head_kernel(params: Any, config: ModelConfig) -> jax.Array:
@@ -124,7 +125,7 @@ def prefill(
     positions_BxS = jnp.maximum(slots_S - first_slot_B[:, None], 0)
     segments_BxS = (slots_S >= first_slot_B[:, None]).astype(jnp.int32)
     decoder = Decoder(config, jnp.float32, dtype=dtype, keep_kv=True)
-    hidden_BxSxD, kept = decoder.apply({"params": params}, tokens_BxS, positions_BxS, segments_BxS)
+    hidden_BxSxD, kept = decoder.apply({"params": params}, tokens_BxS, positions_BxS, Layout(segments_BxS))
     room = ((0, 0), (0, 0), (0, num_slots - tokens_BxS.shape[1]), (0, 0), (0, 0))
     return hidden_BxSxD[:, -1], Cache(*(jnp.pad(array, room) for array in kept))
 

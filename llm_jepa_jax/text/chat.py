@@ -30,18 +30,23 @@ class Rendered:
     """uint8 [n]: the turn each token belongs to, its role and end tokens included (`ROLE_CODES`)."""
     assistant_target: np.ndarray
     """bool [n]: the token is content of an assistant turn, or that turn's end token."""
+    turn_ends: np.ndarray
+    """int32 [turns]: place of each turn's end token."""
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
     """The whole conversation."""
     contents = tokenizer.encode_batch([message.content for message in messages])
-    tokens, roles, targets = [tokenizer.bos_id], [BOS_ROLE], [False]
+    tokens, roles, targets, ends = [tokenizer.bos_id], [BOS_ROLE], [False], []
     for message, content in zip(messages, contents, strict=True):
         length = len(content) + 2
         tokens += [tokenizer.role_ids[message.role], *content, tokenizer.end_of_turn_id]
+        ends.append(len(tokens) - 1)
         roles += [ROLE_CODES[message.role]] * length
         targets += [False] + [message.role == "assistant"] * (length - 1)
-    return Rendered(np.array(tokens, np.int32), np.array(roles, np.uint8), np.array(targets, np.bool_))
+    return Rendered(
+        np.array(tokens, np.int32), np.array(roles, np.uint8), np.array(targets, np.bool_), np.array(ends, np.int32)
+    )
 
 
 def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:

@@ -33,7 +33,7 @@ def loss_and_aux(
         embeddings of the first slots of each row, [R, s, D] float32, with their weights [R, s].
     """
     hidden_RxLxD = forward(
-        params, config.model, batch.tokens, batch.positions, batch.segments,
+        params, config.model, batch.tokens, batch.positions, batch.segments, batch.branch_end,
         dtype=jnp.dtype(config.train.dtype), remat=config.train.remat,
         longest_segment=longest_segment,
     )  # fmt: skip
@@ -99,13 +99,15 @@ def _wide(gradient: jax.Array) -> jax.Array:
 
 def _metrics(batch: Batch, aux: dict[str, Any], weights: dict[str, jax.Array]) -> dict[str, Any]:
     """Sums that the loop adds over a window of steps before dividing."""
-    tokens = jnp.sum(batch.segments > 0, dtype=jnp.float32)
+    pairs = jnp.sum(batch.pair_weight)
+    branch = (batch.tokens.shape[1] - batch.segments.shape[1]) // batch.pair_weight.shape[1]
+    tokens = jnp.sum(batch.segments > 0, dtype=jnp.float32) + branch * pairs
     sums = {
         "target_tokens": jnp.sum(batch.target_weight),
-        "pairs": jnp.sum(batch.pair_weight),
+        "pairs": pairs,
         "examples": jnp.sum(batch.num_examples, dtype=jnp.float32),
         "tokens": tokens,
-        "slots": jnp.float32(batch.segments.size),
+        "slots": jnp.float32(batch.tokens.size),
         "cos_sum": aux["cos_sum"],
     }
     sums |= {f"{name}_sum": value for name, value in aux["sums"].items()}
