@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What JEPA costs against next-token training, per example, on real records: one JSON line a case.
+
+`python tests/benchmarks/objectives.py synth_train.jsonl` trains a tokenizer, packs the file under every case, and
+measures whole training steps (both losses, update included). Cases take turns, a step each, so that what else the
+machine does falls on all of them; a ratio is that of median times per example. Run it on an idle machine.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+
+from llm_jepa_jax.config import freeze
+from llm_jepa_jax.data.pipeline import make_train_data
+from llm_jepa_jax.data.sources import JsonlSource
+from llm_jepa_jax.parallel.mesh import make_mesh
+from llm_jepa_jax.parallel.sharding import global_batch
+from llm_jepa_jax.resolve import with_vocabulary
+from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llm_jepa_jax.train.state import state_factory
+from llm_jepa_jax.train.step import make_train_step
+
+MODEL = {"embed_dim": 256, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "mlp_dim": 704}
+OFF = {"jepa": {"weight": 0.0}}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ntp": ("separate", OFF),
+    "shared k=1": ("shared", {}),
+    "shared k=1 LD 0.75": ("shared", {"jepa": {"dropout": 0.75}}),
+    "shared k=4": ("shared", {"jepa": {"num_predictors": 4}}),
+    "separate k=1": ("separate", {}),
+    "separate k=1 LD 0.75": ("separate", {"jepa": {"dropout": 0.75}}),
+    "separate k=1 vicreg": ("separate", {"vicreg": {"weight": 0.1}}),
+    "padded ntp": ("padded", OFF),
+}
+"""Layout and objective of each case; the first is what the others are measured against."""
+
+
+@dataclasses.dataclass
+class Case:
+    """One compiled step with its own state and stream."""
+
+    name: str
+    step: Any
+    state: Any
+    batches: Any
+    mesh: Any
+    summary: dict[str, float]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    examples: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+    def take_turn(self) -> None:
+        """One measured step."""
+        values = next(self.batches)
+        batch = global_batch(self.mesh, values)
+        jax.block_until_ready(batch)
+        start = time.perf_counter()
+        self.state, metrics = self.step(self.state, batch)
+        jax.block_until_ready((self.state, metrics))
+        self.seconds.append(time.perf_counter() - start)
+        self.examples.append(int(values["num_examples"].sum()))
+        self.tokens.append(int((values["segments"] > 0).sum()))
+
+    def result(self) -> dict[str, float]:
+        """Median over the steps after the first."""
+        per_example = np.array(self.seconds[1:]) / np.array(self.examples[1:])
+        per_token = np.array(self.seconds[1:]) / np.array(self.tokens[1:])
+        return {"seconds_per_example": float(np.median(per_example)), "seconds_per_token": float(np.median(per_token))}
+
+
+def make_case(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argparse.Namespace, cache_dir: str) -> Case:
+    """Compiles one case."""
+    layout, objective = CASES[name]
+    row_length = 128 if layout == "padded" else args.row_length
+    objective = {**objective, "ntp": {"targets": "all"}}
+    data = {"layout": layout, "row_length": row_length, "rows_per_step": args.tokens // row_length}
+    config = freeze(
+        {
+            "model": MODEL,
+            "objective": objective,
+            "data": data | {"max_dropped_share": 1.0, "cache_dir": cache_dir},
+            "train": {"num_steps": args.steps + 1, "num_epochs": 0, "dtype": args.dtype},
+        }
+    )
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    config = with_vocabulary(config, tokenizer.vocab_size, 1)
+    train_data = make_train_data(config, tokenizer, source, np.ones(len(source)))
+    factory = state_factory(config, mesh, args.steps + 1)
+    with jax.set_mesh(mesh):
+        step = make_train_step(factory, args.steps + 1, train_data.shape.longest_segment)
+    return Case(name, step, factory.create(), train_data.iterator(0), mesh, train_data.summary())
+
+
+def main() -> None:
+    """Runs every case in turns."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=pathlib.Path, help="JSONL file of records")
+    parser.add_argument("--cases", default=",".join(CASES), help="names, comma separated; the first is the baseline")
+    parser.add_argument("--pieces", type=int, default=4096, help="vocabulary")
+    parser.add_argument("--row_length", type=int, default=512, help="tokens of a packed row")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step")
+    parser.add_argument("--steps", type=int, default=15, help="measured steps of each case")
+    parser.add_argument("--dtype", default="float32", help="compute type")
+    args = parser.parse_args()
+    source = JsonlSource(args.file)
+    tokenizer = train_tokenizer((m.content for record in source for m in record.messages), args.pieces)
+    with tempfile.TemporaryDirectory() as cache_dir:
+        cases = [make_case(name, source, tokenizer, args, cache_dir) for name in args.cases.split(",")]
+        for _ in range(args.steps + 1):
+            for case in cases:
+                case.take_turn()
+    baseline = cases[0].result()
+    for case in cases:
+        result = case.result()
+        line = {
+            "case": case.name,
+            "per_example": round(result["seconds_per_example"] / baseline["seconds_per_example"], 3),
+            "per_token": round(result["seconds_per_token"] / baseline["seconds_per_token"], 3),
+            "examples_per_s": round(1 / result["seconds_per_example"], 1),
+            "tokens_per_s": round(1 / result["seconds_per_token"]),
+            "fill": round(case.summary["fill"], 4),
+            "examples_per_row": round(case.summary["examples_per_row"], 2),
+            "pair_slots": case.summary["pair_slots"],
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
