@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.logging import RichHandler
 
+from llm_jepa_jax.checkpoint.quiet import quiet_failed_writes
 from llm_jepa_jax.errors import UserError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -133,6 +134,7 @@ def main() -> None:
     """Runs; wrong input and a machine that refuses (no room, no permission) print one line and exit with code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()])
     LOG.setLevel(logging.INFO)
+    quiet_failed_writes()
     try:
         result = run(sys.argv)
     except UserError as error:

@@ -261,6 +261,7 @@ def test_no_room_on_the_disk_is_one_line(tmp_path):
     )
     last = process.stderr.splitlines()[-1]
     assert process.returncode == 2 and last.startswith("error: ") and "cannot write a checkpoint" in last, last
+    assert "Traceback" not in process.stderr and "Error" not in process.stderr, process.stderr[-2000:]
     assert llm_jepa_jax.load(workdir).run.step == 4
 
 

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A write that failed is said once, by whoever catches it, and not by every thread that took part in it."""
+
+import logging
+import sys
+from typing import Any
+
+LATE_WRITE = "Event loop is closed"
+"""What TensorStore raises, where nobody can catch it, for each write that ends after the first failed one."""
+
+
+def quiet_failed_writes() -> None:
+    """For a whole program: the error reaches `Checkpoints.save` or `.wait`; its echoes, at any time, are left out."""
+    logging.getLogger("absl").addFilter(_is_not_orbax_stack)
+    logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
+    sys.unraisablehook = _show_unless_late
+
+
+def _is_not_orbax_stack(record: logging.LogRecord) -> bool:
+    return record.exc_info is None or "orbax" not in record.pathname
+
+
+def _show_unless_late(unraisable: Any) -> None:
+    if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == LATE_WRITE):
+        sys.__unraisablehook__(unraisable)
