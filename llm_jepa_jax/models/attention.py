@@ -10,8 +10,8 @@ MASKED = -1e30
 """Score of a forbidden place: finite, so that a row of padding gives no NaN."""
 QUERY_BLOCK = 256
 """Queries whose scores exist at one time."""
-BLOCK_MULTIPLE = 32
-"""Blocks of short segments are a multiple of this."""
+LOCAL_BLOCK = 32
+"""Queries that look at the same keys where segments are short: smaller blocks see fewer keys that no segment shares."""
 
 
 def attend_rows(
@@ -66,9 +66,9 @@ def attend(
     """
     length = query_RxLxHxh.shape[1]
     arrays = (query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, segments_RxL)
-    block = -(-longest_segment // BLOCK_MULTIPLE) * BLOCK_MULTIPLE
-    if block and 2 * block < length:
-        return _attend_locally(*arrays, block)
+    back = -(-(longest_segment - 1) // LOCAL_BLOCK)
+    if longest_segment and (back + 1) * LOCAL_BLOCK < length:
+        return _attend_locally(*arrays, max(back, 1))
     if length <= QUERY_BLOCK:
         return _causal_block(*arrays, segments_RxL, start=0)
     outputs = []
@@ -81,11 +81,11 @@ def attend(
 
 
 def _attend_locally(
-    query_RxLxHxh: jax.Array, key_RxLxKxh: jax.Array, value_RxLxKxh: jax.Array, segments_RxL: jax.Array, block: int
+    query_RxLxHxh: jax.Array, key_RxLxKxh: jax.Array, value_RxLxKxh: jax.Array, segments_RxL: jax.Array, back: int
 ) -> jax.Array:
-    """Attention where no segment has more than `block` tokens: block i sees blocks i - 1 and i, all in one product."""
+    """Attention where no segment reaches further than `back` blocks: each block of queries sees those and its own."""
     rows, length = segments_RxL.shape
-    num_blocks = -(-length // block)
+    block, num_blocks = LOCAL_BLOCK, -(-length // LOCAL_BLOCK)
 
     def cut(array: jax.Array) -> jax.Array:
         """[R, L, ...] to [R, blocks, block, ...]; what is added has segment 0."""
@@ -93,9 +93,10 @@ def _attend_locally(
         return jnp.pad(array, room).reshape(rows, num_blocks, block, *array.shape[2:])
 
     def with_previous(blocks: jax.Array) -> jax.Array:
-        """[R, blocks, block, ...] to [R * blocks, 2 * block, ...]: each behind the one before it."""
-        previous = jnp.pad(blocks, [(0, 0), (1, 0)] + [(0, 0)] * (blocks.ndim - 2))[:, :-1]
-        return jnp.concatenate([previous, blocks], axis=2).reshape(-1, 2 * block, *blocks.shape[3:])
+        """[R, blocks, block, ...] to [R * blocks, (back + 1) * block, ...]: each behind the ones before it."""
+        padded = jnp.pad(blocks, [(0, 0), (back, 0)] + [(0, 0)] * (blocks.ndim - 2))
+        seen = [padded[:, i : i + num_blocks] for i in range(back + 1)]
+        return jnp.concatenate(seen, axis=2).reshape(-1, (back + 1) * block, *blocks.shape[3:])
 
     query, segments = cut(query_RxLxHxh), cut(segments_RxL)
     mixed = _causal_block(
@@ -104,7 +105,7 @@ def _attend_locally(
         with_previous(cut(value_RxLxKxh)),
         with_previous(segments),
         segments.reshape(-1, block),
-        start=block,
+        start=back * block,
     )
     return mixed.reshape(rows, num_blocks * block, *mixed.shape[2:])[:, :length]
 

@@ -25,12 +25,14 @@ from llm_jepa_jax.data.pipeline import make_train_data
 from llm_jepa_jax.data.sources import JsonlSource
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import global_batch
-from llm_jepa_jax.resolve import with_vocabulary
 from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.train.step import make_train_step
 
-MODEL = {"embed_dim": 256, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "mlp_dim": 704}
+MODEL = {
+    "vocab_size": 4096, "embed_dim": 256, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64,
+    "mlp_dim": 704,
+}  # fmt: skip
 OFF = {"jepa": {"weight": 0.0}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ntp": ("separate", OFF),
@@ -89,11 +91,15 @@ def make_case(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argpar
             "model": MODEL,
             "objective": objective,
             "data": data | {"max_dropped_share": 1.0, "cache_dir": cache_dir},
-            "train": {"num_steps": args.steps + 1, "num_epochs": 0, "dtype": args.dtype},
+            "train": {
+                "num_steps": args.steps + 1,
+                "num_epochs": 0,
+                "micro_batches": int(os.environ.get("MB", "1")),
+                "dtype": args.dtype,
+            },
         }
     )
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    config = with_vocabulary(config, tokenizer.vocab_size, 1)
     train_data = make_train_data(config, tokenizer, source, np.ones(len(source)))
     factory = state_factory(config, mesh, args.steps + 1)
     with jax.set_mesh(mesh):
@@ -106,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=pathlib.Path, help="JSONL file of records")
     parser.add_argument("--cases", default=",".join(CASES), help="names, comma separated; the first is the baseline")
-    parser.add_argument("--pieces", type=int, default=4096, help="vocabulary")
+    parser.add_argument("--pieces", type=int, default=2048, help="pieces of the tokenizer; the model has 4096")
     parser.add_argument("--row_length", type=int, default=512, help="tokens of a packed row")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step")
     parser.add_argument("--steps", type=int, default=15, help="measured steps of each case")
