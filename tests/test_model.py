@@ -55,7 +55,7 @@ def hidden_of(embedding_LxD, row, longest):
 def test_no_gradient_from_a_later_token_another_segment_or_padding(monkeypatch, query_block, longest):
     """By gradient: a place's state depends on exactly the earlier places of its own segment."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", query_block)
-    monkeypatch.setattr(attention, "BLOCK_MULTIPLE", 4)
+    monkeypatch.setattr(attention, "LOCAL_BLOCK", 4)
     row = packed(length=64)
     embedding = PARAMS["embedding"][row[0][0]]
     directions = np.random.default_rng(1).normal(size=CONFIG.embed_dim).astype(np.float32)
@@ -70,7 +70,7 @@ def test_no_gradient_from_a_later_token_another_segment_or_padding(monkeypatch, 
 
 @pytest.mark.parametrize("longest", [0, 20])
 def test_a_branch_depends_on_its_prefix_and_its_own_earlier_tokens_only(monkeypatch, longest):
-    monkeypatch.setattr(attention, "BLOCK_MULTIPLE", 4)
+    monkeypatch.setattr(attention, "LOCAL_BLOCK", 4)
     tokens, positions, segments = packed(length=64)
     branch_end, k = np.array([[8, 30, 3]], np.int32), 2
     positions = np.concatenate([positions, [[p + i for p in positions[0, branch_end[0]] for i in (1, 2)]]], axis=1)
@@ -115,7 +115,7 @@ def test_packed_segments_equal_segments_alone(longest):
 @pytest.mark.parametrize(("block", "longest"), [(8, 0), (64, 10), (64, 32)])
 def test_attention_equals_a_dense_reference(monkeypatch, heads, block, longest):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    monkeypatch.setattr(attention, "BLOCK_MULTIPLE", 8)
+    monkeypatch.setattr(attention, "LOCAL_BLOCK", 8)
     length, width = 70, 8
     sizes = [10, 7, 3, 10, 9] if longest == 10 else [31, 20, 10]
     segments = np.repeat(np.arange(1, len(sizes) + 1), sizes)
