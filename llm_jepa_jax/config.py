@@ -91,6 +91,7 @@ class ModelConfig:
     rope_scaling: RopeScalingConfig = section(RopeScalingConfig, "Llama 3.1 rotary scaling")
     norm_eps: float = key(1e-5, "epsilon of RMSNorm")
     tie_embeddings: bool = key(True, "the head is the transposed embedding")
+    logit_soft_cap: float = key(0.0, "logits become cap · tanh(logits / cap); 0: off")
     init_std: float = key(0.02, "standard deviation of the initial weights")
 
 
@@ -101,6 +102,10 @@ class NtpConfig:
         "assistant",
         "`assistant`: tokens of assistant turns with their end token; `all`: every token of the conversation",
         choices=("assistant", "all"),
+    )
+    z_loss: float = key(
+        0.0,
+        "weight of the squared log-partition of each target, a part of the next-token loss; keeps logits small; 0: off",
     )
 
 
@@ -135,7 +140,7 @@ class ObjectiveConfig:
     ntp: NtpConfig = section(NtpConfig, "next-token prediction")
     jepa: JepaConfig = section(JepaConfig, "joint-embedding prediction between the two views")
     vicreg: VicregConfig = section(VicregConfig, "variance and covariance regularisation of the views")
-    head_chunk: int = key(256, "target slots of a row whose logits exist at one time", "slots")
+    head_chunk: int = key(512, "targets of one device whose logits exist at one time", "targets")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,8 @@ NOT_NEGATIVE = [
     "data.workers",
     "model.vocab_size",
     "objective.ntp.weight",
+    "objective.ntp.z_loss",
+    "model.logit_soft_cap",
     "objective.jepa.weight",
     "objective.vicreg.weight",
     "objective.vicreg.covariance",

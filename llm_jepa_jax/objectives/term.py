@@ -25,6 +25,8 @@ class Inputs:
     """Head of the language model, parameter type."""
     batch: Batch
     config: ObjectiveConfig
+    soft_cap: float = 0.0
+    """`model.logit_soft_cap`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,8 @@ def loss_and_aux(
         dtype=jnp.dtype(config.train.dtype), remat=config.train.remat,
         longest_segment=longest_segment,
     )  # fmt: skip
-    inputs = Inputs(hidden_RxLxD, head_kernel(params, config.model), batch, config.objective)
+    head_DxV = head_kernel(params, config.model)
+    inputs = Inputs(hidden_RxLxD, head_DxV, batch, config.objective, config.model.logit_soft_cap)
     total, sums = total_loss(inputs, weights)
     text_RxPxD, code_RxPxD = jax.lax.stop_gradient(pair_embeddings(hidden_RxLxD, batch))
     cos_sum = jnp.sum(cosine(text_RxPxD, code_RxPxD) * batch.pair_weight)

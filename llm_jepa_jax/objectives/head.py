@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language-model head and its cross-entropy in one: logits of a few targets at a time, never stored.
+
+While the logits of a chunk of targets exist, its loss and its gradients are computed from them. So a chunk costs three
+products (logits, and the gradients of hidden states and head), where a backward pass that recomputes costs four, and
+the largest array is [chunk, vocabulary]. Chunks without a target are not visited: the work follows the targets, not
+the slots.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSettings:
+    """What the compiled head is made for."""
+
+    chunk: int
+    """Targets of one device whose logits exist at one time."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition of each target; 0: off."""
+    soft_cap: float = 0.0
+    """Logits become cap · tanh(logits / cap); 0: off."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def cross_entropy(
+    hidden_RxLxD: jax.Array,
+    head_DxV: jax.Array,
+    index_RxM: jax.Array,
+    targets_RxM: jax.Array,
+    weight_RxM: jax.Array,
+    settings: HeadSettings,
+) -> jax.Array:
+    """Sum over target slots of weight · (cross-entropy + z_loss · log-partition²), float32 scalar, in nats.
+
+    Slot m of row r predicts `targets[r, m]` from `hidden[r, index[r, m]]`. Slots with weight 0 are free; the used ones
+    of a row have different indices. Logits and everything made from them are float32 whatever the type of `hidden`.
+    """
+    return _everywhere(settings, False)(hidden_RxLxD, head_DxV, index_RxM, targets_RxM, weight_RxM)[0]
+
+
+def _forward(
+    hidden_RxLxD: jax.Array,
+    head_DxV: jax.Array,
+    index_RxM: jax.Array,
+    targets_RxM: jax.Array,
+    weight_RxM: jax.Array,
+    settings: HeadSettings,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    total, *grads = _everywhere(settings, True)(hidden_RxLxD, head_DxV, index_RxM, targets_RxM, weight_RxM)
+    return total, (grads[0], grads[1].astype(head_DxV.dtype))
+
+
+def _backward(settings: HeadSettings, grads: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple[Any, ...]:
+    return *((grad * scale).astype(grad.dtype) for grad in grads), None, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _everywhere(settings: HeadSettings, with_grads: bool) -> Any:
+    """The local computation on every device of the mesh: gradients of the head are added up once, behind the loop."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return functools.partial(_local, settings=settings, with_grads=with_grads, sharded=False)
+    rows = PartitionSpec(ACTIVATION_RULES["rows"])
+    vocabulary = PARAMETER_RULES["vocab"]
+    out_specs = (PartitionSpec(), rows, PartitionSpec(PARAMETER_RULES["embed"], vocabulary))
+    return jax.shard_map(
+        functools.partial(_local, settings=settings, with_grads=with_grads, sharded=True),
+        in_specs=(rows, PartitionSpec(None, vocabulary), rows, rows, rows),
+        out_specs=out_specs if with_grads else out_specs[:1],
+        check_vma=False,
+    )
+
+
+def _local(
+    hidden_RxLxD: jax.Array,
+    head_DxV: jax.Array,
+    index_RxM: jax.Array,
+    targets_RxM: jax.Array,
+    weight_RxM: jax.Array,
+    *,
+    settings: HeadSettings,
+    with_grads: bool,
+    sharded: bool,
+) -> tuple[jax.Array, ...]:
+    """One device's rows against its part of the vocabulary: the sum, and the gradients if they are wanted."""
+    hidden_NxD = hidden_RxLxD.reshape(-1, hidden_RxLxD.shape[-1])
+    head_DxV = head_DxV.astype(hidden_NxD.dtype)
+    slots, num_targets, size = _used_first(hidden_RxLxD.shape[1], index_RxM, targets_RxM, weight_RxM, settings.chunk)
+    first_id = jax.lax.axis_index(PARAMETER_RULES["vocab"]) * head_DxV.shape[1] if sharded else 0
+
+    def add_chunk(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        place_C, target_C, weight_C = (jax.lax.dynamic_slice_in_dim(slot, number * size, size) for slot in slots)
+        hidden_CxD = jnp.take(hidden_NxD, place_C, axis=0, mode="clip")
+        loss, dlogits_CxV = _chunk_loss(hidden_CxD, head_DxV, target_C - first_id, weight_C, settings, sharded)
+        if not with_grads:
+            return (carry[0] + loss,)
+        total, dhidden_NxD, dhead_DxV = carry
+        dlogits_CxV = dlogits_CxV.astype(hidden_NxD.dtype)
+        dhidden_CxD = _over_vocabulary(jax.lax.psum, _dot(dlogits_CxV, head_DxV, 1, 1), sharded)
+        dhidden_NxD = dhidden_NxD.at[place_C].set(dhidden_CxD.astype(dhidden_NxD.dtype), mode="drop")
+        return total + loss, dhidden_NxD, dhead_DxV + _dot(hidden_CxD, dlogits_CxV, 0, 0)
+
+    zeros = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden_NxD), jnp.zeros(head_DxV.shape, jnp.float32))
+    total, *grads = jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros if with_grads else zeros[:1])
+    total = jax.lax.psum(total, ACTIVATION_RULES["rows"]) if sharded else total
+    if not with_grads:
+        return (total,)
+    return total, grads[0].reshape(hidden_RxLxD.shape), _over_rows(grads[1]) if sharded else grads[1]
+
+
+def _used_first(
+    length: int, index_RxM: jax.Array, targets_RxM: jax.Array, weight_RxM: jax.Array, chunk: int
+) -> tuple[tuple[jax.Array, ...], jax.Array, int]:
+    """All slots of these rows in one list, used ones first: (place among all tokens, target, weight), their number, and
+    the size of a chunk, which divides the list. A free slot's place is behind all tokens, where writing is void.
+    """
+    rows, num_slots = index_RxM.shape
+    used_M = (weight_RxM > 0).reshape(-1)
+    place_M = jnp.where(used_M, (index_RxM + jnp.arange(rows)[:, None] * length).reshape(-1), rows * length)
+    order_M = jnp.argsort(~used_M, stable=True)
+    size = min(chunk, rows * num_slots)
+    room = (0, -(rows * num_slots) % size)
+    slots = [array.reshape(-1)[order_M] for array in (place_M, targets_RxM, weight_RxM)]
+    padded = (
+        jnp.pad(slot, room, constant_values=fill) for slot, fill in zip(slots, (rows * length, 0, 0), strict=True)
+    )
+    return tuple(padded), jnp.sum(used_M, dtype=jnp.int32), size
+
+
+def _chunk_loss(
+    hidden_CxD: jax.Array,
+    head_DxV: jax.Array,
+    target_C: jax.Array,
+    weight_C: jax.Array,
+    settings: HeadSettings,
+    sharded: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of C targets, and its gradient by their logits [C, V], float32. A target outside 0 to V - 1 belongs to
+    another device's part of the vocabulary.
+    """
+    logits_CxV = _dot(hidden_CxD, head_DxV, 1, 0)
+    slope_CxV = None
+    if settings.soft_cap:
+        tanh_CxV = jnp.tanh(logits_CxV / settings.soft_cap)
+        logits_CxV, slope_CxV = settings.soft_cap * tanh_CxV, 1.0 - tanh_CxV**2
+    largest_C = _over_vocabulary(jax.lax.pmax, jnp.max(logits_CxV, axis=1), sharded)
+    powers_CxV = jnp.exp(logits_CxV - largest_C[:, None])
+    sum_C = _over_vocabulary(jax.lax.psum, jnp.sum(powers_CxV, axis=1), sharded)
+    log_partition_C = largest_C + jnp.log(sum_C)
+    is_target_CxV = jnp.arange(head_DxV.shape[1]) == target_C[:, None]
+    here_C = (target_C >= 0) & (target_C < head_DxV.shape[1])
+    found_C = jnp.take_along_axis(logits_CxV, jnp.where(here_C, target_C, 0)[:, None], axis=1)[:, 0]
+    target_logit_C = _over_vocabulary(jax.lax.psum, jnp.where(here_C, found_C, 0.0), sharded)
+    loss = jnp.sum(weight_C * (log_partition_C - target_logit_C + settings.z_loss * log_partition_C**2))
+    by_partition_C = weight_C * (1.0 + 2.0 * settings.z_loss * log_partition_C)
+    dlogits_CxV = powers_CxV * (by_partition_C / sum_C)[:, None] - jnp.where(is_target_CxV, weight_C[:, None], 0.0)
+    return loss, dlogits_CxV if slope_CxV is None else dlogits_CxV * slope_CxV
+
+
+def _dot(a: jax.Array, b: jax.Array, over_a: int, over_b: int) -> jax.Array:
+    """Product of two matrices over one axis of each, accumulated in float32."""
+    return jax.lax.dot_general(a, b, (((over_a,), (over_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _over_vocabulary(collective: Any, value: jax.Array, sharded: bool) -> jax.Array:
+    return collective(value, PARAMETER_RULES["vocab"]) if sharded else value
+
+
+def _over_rows(dhead_DxV: jax.Array) -> jax.Array:
+    """The head's gradient over all rows, each device keeping what it stores of it."""
+    dhead_DxV = jax.lax.psum(dhead_DxV, "data")
+    return jax.lax.psum_scatter(dhead_DxV, PARAMETER_RULES["embed"], scatter_dimension=0, tiled=True)
