@@ -72,8 +72,12 @@ def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tup
     num_in = x.ndim - 2
     outs = tuple(range(num_in, weight.ndim))
     by_x = jnp.tensordot(grad, weight, axes=(tuple(range(2, grad.ndim)), outs))
-    by_weight = jax.lax.dot_general(x, grad, (((0, 1), (0, 1)), ((), ())))
-    return by_x, by_weight
+    tokens = (((0, 1), (0, 1)), ((), ()))
+    if x.size <= grad.size:
+        return by_x, jax.lax.dot_general(x, grad, tokens)
+    turned = jax.lax.dot_general(grad, x, tokens)
+    num_out = grad.ndim - 2
+    return by_x, turned.transpose(*range(num_out, turned.ndim), *range(num_out))
 
 
 linear.defvjp(_linear_forward, _linear_backward)
