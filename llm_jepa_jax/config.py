@@ -161,6 +161,15 @@ class OptConfig:
     beta1: float = key(0.9, "decay of the first moment")
     beta2: float = key(0.95, "decay of the second moment")
     eps: float = key(1e-8, "epsilon of AdamW")
+    first_moment_dtype: str = key(
+        "float32", "type of the first moment; bfloat16 saves 2 bytes a parameter", choices=("float32", "bfloat16")
+    )
+    second_moment: str = key(
+        "full",
+        "`full`: one value a parameter (AdamW, `beta2`); `factored`: one a row and one a column of each matrix "
+        "(Adafactor), which saves 4 bytes a parameter",
+        choices=("full", "factored"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +183,7 @@ class TrainConfig:
         choices=("none", "dots", "full"),
     )
     dtype: str = key("float32", "compute type", choices=("float32", "bfloat16"))
-    param_dtype: str = key("float32", "type of parameters and optimizer state", choices=("float32", "bfloat16"))
+    param_dtype: str = key("float32", "type of parameters, and of the second moment", choices=("float32", "bfloat16"))
     max_skipped: int = key(10, "non-finite updates in a row after which the run stops", "steps")
     profile_start: int = key(0, "first step of a profiler trace into `profile/`; 0: off", "step")
     profile_steps: int = key(3, "length of the profiler trace", "steps")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with warm-up, a global-norm clip, and no decay on norms."""
+"""AdamW, or its variant with factored second moments: warm-up, a global-norm clip, and no decay on norms."""
 
 from typing import Any
 
@@ -8,6 +8,9 @@ import optax
 
 from llm_jepa_jax.config import OptConfig
 from llm_jepa_jax.parallel.sharding import is_axes
+
+SMALLEST_FACTORED = 32
+"""Matrices whose smaller side is below this keep their whole second moment: there is little to save."""
 
 
 def learning_rate(config: OptConfig, num_steps: int) -> optax.Schedule:
@@ -28,7 +31,22 @@ def make_optimizer(config: OptConfig, num_steps: int, axes: Any) -> optax.Gradie
     decayed = jax.tree.map(lambda names: "norm" not in names, axes, is_leaf=is_axes)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        *_scaling(config),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate(config, num_steps)),
+    )
+
+
+def _scaling(config: OptConfig) -> tuple[optax.GradientTransformation, ...]:
+    """Gradients divided by the root of their second moment, and averaged: Adam, or Adafactor's factored variant of it.
+
+    Factored second moments are those of Shazeer & Stern (2018), clipped to a root mean square of 1 a parameter, with
+    Adam's first moment after them, so the two take the same learning rates.
+    """
+    if config.second_moment == "full":
+        return (optax.scale_by_adam(config.beta1, config.beta2, config.eps, mu_dtype=config.first_moment_dtype),)
+    return (
+        optax.scale_by_factored_rms(min_dim_size_to_factor=SMALLEST_FACTORED),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(config.beta1, accumulator_dtype=config.first_moment_dtype),
     )

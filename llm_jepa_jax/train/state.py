@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.models.transformer import abstract_params, init_params
@@ -65,15 +65,32 @@ def state_factory(config: Config, mesh: Mesh, num_steps: int) -> StateFactory:
     shapes = jax.eval_shape(lambda: _initial(jax.random.key(0), config, optimizer))
     everywhere = replicated(mesh)
     params = parameter_shardings(mesh, axes)
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        shapes.opt_state,
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
+    opt_state = _like_parameters(shapes.opt_state, shapes.params, params, everywhere)
     shardings = TrainState(everywhere, params, opt_state, everywhere, everywhere)
     abstract = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
     )
     return StateFactory(config, mesh, optimizer, abstract)
+
+
+def _like_parameters(state: Any, params: Any, shardings: Any, everywhere: NamedSharding) -> Any:
+    """Shardings of an optimizer's state: a leaf whose path ends like a parameter's lies as that parameter does."""
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    of = {
+        path: (leaf.shape, sharding) for (path, leaf), sharding in zip(paths, jax.tree.leaves(shardings), strict=True)
+    }
+
+    def lies(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        found = next((of[path[start:]] for start in range(len(path)) if path[start:] in of), None)
+        return _reduced(leaf.shape, *found) if found else everywhere
+
+    return jax.tree_util.tree_map_with_path(lies, state)
+
+
+def _reduced(shape: tuple[int, ...], full: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """The sharding of a parameter, without the axis that a factored moment has summed away."""
+    spec = (*sharding.spec, *(None,) * (len(full) - len(sharding.spec)))
+    kept = [spec] + [spec[:axis] + spec[axis + 1 :] for axis in range(len(full))]
+    sizes = [full] + [full[:axis] + full[axis + 1 :] for axis in range(len(full))]
+    axes = next((k for k, size in zip(kept, sizes, strict=True) if size == shape), ())
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
