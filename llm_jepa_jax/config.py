@@ -140,7 +140,7 @@ class ObjectiveConfig:
     ntp: NtpConfig = section(NtpConfig, "next-token prediction")
     jepa: JepaConfig = section(JepaConfig, "joint-embedding prediction between the two views")
     vicreg: VicregConfig = section(VicregConfig, "variance and covariance regularisation of the views")
-    head_chunk: int = key(512, "targets of one device whose logits exist at one time", "targets")
+    head_chunk: int = key(256, "targets of one device whose logits exist at one time", "targets")
 
 
 @dataclasses.dataclass(frozen=True)
