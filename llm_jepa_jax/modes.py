@@ -14,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llm_jepa_jax.analysis.report import write_report
 from llm_jepa_jax.config import Config, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
@@ -97,6 +96,8 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
             del result.state
             initial = _embed_pairs(job, factory.create().params)
             if jax.process_index() == 0:
+                from llm_jepa_jax.analysis.report import write_report  # a second of imports, wanted only at the end
+
                 np.savez(
                     workdir / "analysis.npz",
                     text_PxD=pairs[0], code_PxD=pairs[1], text_init_PxD=initial[0], code_init_PxD=initial[1],
