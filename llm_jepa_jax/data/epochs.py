@@ -74,7 +74,7 @@ class Epochs:
         return int((costs.conversation_N[plan.examples] + (costs.views_N[plan.examples] + branch) * pairs).sum())
 
     def get(self, epoch: int) -> Epoch:
-        """An epoch's steps, with the next epoch's on their way. The epoch before must have been planned already."""
+        """An epoch's steps; the next epoch's are on their way then."""
         found = self._future(epoch).result()
         if self._more(epoch):
             self._future(epoch + 1)
@@ -105,6 +105,8 @@ class Epochs:
 
     def _make(self, epoch: int) -> Epoch:
         kinds = self.kinds.steps
+        while len(self._left) < epoch:
+            self._make(len(self._left))
         before = self._left[epoch - 1] if epoch else (no_rows(),) * len(kinds)
         plans = [old.then(new) for old, new in zip(before, self.plans(epoch), strict=True)]
         counts = [len(plan) // kind.rows for plan, kind in zip(plans, kinds, strict=True)]
