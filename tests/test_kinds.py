@@ -202,6 +202,19 @@ def test_as_many_row_lengths_as_pay(layout, long_share, data, lengths):
     assert chosen[0] == lengths
 
 
+def test_slots_are_sized_for_the_least_work():
+    """Examples without their pair bring more targets a token: tight slots leave rows unfilled, wide ones cost time."""
+    size = np.clip(np.random.default_rng(0).lognormal(5.5, 0.35, 1300).astype(int), 50, 512)
+    costs = Costs(size, size, size * 6 // 10, size)
+    slots = []
+    for vocab_size in (512, 1 << 20):
+        model = MODEL | {"vocab_size": vocab_size}
+        jepa = {"jepa": {"dropout": 0.5}}
+        config = freeze({"data": {"row_length": 1024}, "model": model, "objective": jepa})
+        slots.append(make_kinds(config, costs, np.ones(1300)).steps[0].row.target_slots)
+    assert slots[0] > slots[1]
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

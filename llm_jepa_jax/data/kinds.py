@@ -19,6 +19,8 @@ MOST_LENGTHS = 4
 """Row lengths tried where `data.row_buckets` is 0."""
 EXAMPLES_A_ROW = 4
 """How many examples of its size a packed row must hold to be an example's: fewer leave gaps."""
+SLOT_MARGINS = (1.25, 1.1, 1.35, 1.5)
+"""Slots of a packed row that are tried, against the average load of a full one; row lengths are chosen at the first."""
 LEAST_SAVING = 0.03
 """Share of an epoch's work that further row lengths must save to be worth compiling."""
 SAMPLE = 32768
@@ -52,18 +54,22 @@ class Kinds:
 def make_kinds(config: Config, costs: Costs, weights_N: np.ndarray) -> Kinds:
     """The kinds under a configuration; `weights` are copies of each example an epoch, 0 for what does not fit.
 
-    With `data.row_buckets=0`, the fewest row lengths such that more would save less than 3% of an epoch's work.
+    With `data.row_buckets=0`, the fewest row lengths such that more would save less than 3% of an epoch's work. Slots
+    not given are sized to make that work least: more of them cost time in the head, fewer leave rows unfilled.
     """
     data = config.data
-    if data.row_buckets:
-        return _with_lengths(config, costs, weights_N, data.row_buckets)
     most = 1 if data.target_slots or data.pair_slots else min(MOST_LENGTHS, len(row_lengths(data.row_length)))
-    choices = [_with_lengths(config, costs, weights_N, count + 1) for count in range(most)]
-    works = [epoch_work(config, costs, weights_N, kinds) for kinds in choices]
-    return next(kinds for i, kinds in enumerate(choices) if min(works[i:]) > (1.0 - LEAST_SAVING) * works[i])
+    counts = [data.row_buckets] if data.row_buckets else list(range(1, most + 1))
+    choices = [_with_lengths(config, costs, weights_N, count, SLOT_MARGINS[0]) for count in counts]
+    works = [epoch_work(config, costs, weights_N, kinds, whole_steps=True) for kinds in choices]
+    best = next(i for i, work in enumerate(works) if min(works[i:]) > (1.0 - LEAST_SAVING) * work)
+    if not choices[best].packed:
+        return choices[best]
+    others = [_with_lengths(config, costs, weights_N, counts[best], margin) for margin in SLOT_MARGINS[1:]]
+    return min(choices[best], *others, key=lambda kinds: epoch_work(config, costs, weights_N, kinds, whole_steps=False))
 
 
-def _with_lengths(config: Config, costs: Costs, weights_N: np.ndarray, count: int) -> Kinds:
+def _with_lengths(config: Config, costs: Costs, weights_N: np.ndarray, count: int, margin: float) -> Kinds:
     """The kinds for `count` row lengths; those that no example can come to are left out."""
     data, jepa = config.data, config.objective.jepa
     packed, lengths = data.layout != "padded", tuple(row_lengths(data.row_length)[:count])
@@ -91,7 +97,7 @@ def _with_lengths(config: Config, costs: Costs, weights_N: np.ndarray, count: in
             lengths[bucket], data.target_slots, data.pair_slots, int(longest_N.max()),
             branch_size(config) if pairs_N.any() else 0,
         )  # fmt: skip
-        shape = slot_sizes(tokens_N, targets_N[chosen], pairs_N, weight_N, shape, packed)
+        shape = slot_sizes(tokens_N, targets_N[chosen], pairs_N, weight_N, shape, packed, margin)
         steps.append(StepShape(data.rows_per_step << bucket, shape))
     return dataclasses.replace(every, steps=tuple(steps), table=table.reshape(2, count))
 
@@ -118,12 +124,17 @@ def plan_epoch(
     return tuple(plans)
 
 
-def epoch_work(config: Config, costs: Costs, weights_N: np.ndarray, kinds: Kinds) -> float:
-    """FLOPs of the first epoch, padding and its last, partly filled steps included; estimated from a sample."""
+def epoch_work(config: Config, costs: Costs, weights_N: np.ndarray, kinds: Kinds, whole_steps: bool) -> float:
+    """FLOPs of the first epoch's rows, padding included; estimated from a sample.
+
+    With `whole_steps`, the rest of each kind's last step is padding too: on little data, more kinds have more of it.
+    """
     stride = max(1, round(weights_N.sum() / SAMPLE))
-    plans = plan_epoch(config, costs, weights_N, kinds, 0, stride)
-    steps = (-(-len(plan) * stride // step.rows) for plan, step in zip(plans, kinds.steps, strict=True))
-    return sum(number * step_work(config, step) for number, step in zip(steps, kinds.steps, strict=True))
+    total = 0.0
+    for plan, step in zip(plan_epoch(config, costs, weights_N, kinds, 0, stride), kinds.steps, strict=True):
+        steps = len(plan) * stride / step.rows
+        total += (np.ceil(steps) if whole_steps else steps) * step_work(config, step)
+    return total
 
 
 def step_work(config: Config, step: StepShape) -> float:

@@ -57,18 +57,19 @@ def slot_sizes(
     weights_N: np.ndarray,
     shape: RowShape,
     packed: bool,
+    margin: float,
 ) -> RowShape:
     """Fills slot counts that are 0, from the expected cost of each example and its copies an epoch (`weights`).
 
-    A quarter above the average load of a full row, and never too few for a single example; a row whose slots are used
+    `margin` times the average load of a full row, and never too few for a single example; a row whose slots are used
     up is closed, so a slot count costs fill, never an example. Without any pair, a row has no pair slots.
     """
     if not packed:
         needed_targets, needed_pairs = int(targets_N.max()), 1
     else:
         rows = tokens_N @ weights_N / shape.length
-        needed_targets = max(int(targets_N.max()), int(np.ceil(1.25 * (targets_N @ weights_N) / rows)))
-        needed_pairs = max(1, int(np.ceil(1.25 * (pairs_N @ weights_N) / rows)))
+        needed_targets = max(int(targets_N.max()), int(np.ceil(margin * (targets_N @ weights_N) / rows)))
+        needed_pairs = max(1, int(np.ceil(margin * (pairs_N @ weights_N) / rows)))
 
     def size(given: int, needed: int, multiple: int) -> int:
         return given or min(shape.length, -(-needed // multiple) * multiple)

@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=pathlib.Path, help="JSONL files of records")
     parser.add_argument("--row_length", type=int, default=1024, help="tokens")
-    parser.add_argument("--pieces", type=int, default=1024, help="pieces of the tokenizer")
+    parser.add_argument("--pieces", type=int, default=2048, help="pieces of the tokenizer; the model has 4096")
     parser.add_argument("--planned", type=int, default=100_000, help="examples to plan: the file's, repeated")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median is reported")
     args = parser.parse_args()
