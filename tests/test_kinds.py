@@ -2,6 +2,7 @@
 """Kinds of steps: row lengths, loss dropout by step, their order, and plans made ahead."""
 
 import dataclasses
+import io
 import json
 import pickle
 import time
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
-from llm_jepa_jax.batch import FIELDS, check_batch
+from llm_jepa_jax.batch import FIELDS, Batch, check_batch
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.data.epochs import Epochs
+from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.kinds import make_kinds
 from llm_jepa_jax.data.packing import largest_first
 from llm_jepa_jax.data.views import Costs, has_pair
@@ -55,15 +58,9 @@ def test_steps_hold_rows_of_their_kind_alone(tmp_path, tokenizer, sections):
     assert len(tokens) == 1, "steps of every kind have equally many places"
     for step in (data.steps()[number] for number in range(data.num_steps)):
         kind = data.kinds[int(step["kind"])]
-        check_batch(jax_batch(step), kind.rows, kind.row)
+        check_batch(Batch(**{name: step[name] for name in FIELDS}), kind.rows, kind.row)
         for row in step["segments"]:
             assert np.bincount(row)[1:].max(initial=0) <= kind.row.longest_segment
-
-
-def jax_batch(step):
-    from llm_jepa_jax.batch import Batch
-
-    return Batch(**{name: step[name] for name in FIELDS})
 
 
 def test_epochs_own_the_steps_that_end_in_them_in_a_drawn_order(tmp_path, tokenizer):
@@ -276,3 +273,23 @@ def test_summary_adds_up(tmp_path, tokenizer):
     places = [kind["rows_per_epoch"] * kind["row_length"] for kind in s["kinds"]]
     assert sum(kind["fill"] * p for kind, p in zip(s["kinds"], places, strict=True)) / sum(places) == s["fill"]
     assert json.loads(json.dumps(s)) == s and len(s["kinds"]) == len(data.kinds) == 4
+
+
+def test_inspection_shows_rows_of_every_kind(tmp_path, tokenizer):
+    data = small_data(small_config(tmp_path, **KINDS["both"]), tokenizer)
+    out = io.StringIO()
+    show_rows(data, tokenizer, 1, Console(file=out, width=200))
+    parts = out.getvalue().split("steps of ")[1:]
+    assert [part.split(":")[0] for part in parts] == [str(kind) for kind in data.kinds]
+    for part, kind in zip(parts, data.kinds, strict=True):
+        assert "conversation" in part and part.count("─ row 0") == 1
+        assert ("← pair 0" in part) == ("code view" in part) == (kind.row.pair_slots > 0)
+
+
+def test_inspection_names_views_whichever_predicts(tmp_path, tokenizer):
+    data = small_data(small_config(tmp_path, objective={"jepa": {"direction": "code_to_text"}}), tokenizer)
+    out = io.StringIO()
+    show_rows(data, tokenizer, 1, Console(file=out, width=200))
+    lines = out.getvalue().splitlines()
+    assert any("code view" in line and "<|predictor_1|>" in line for line in lines)
+    assert not any("text view" in line and "<|predictor_1|>" in line for line in lines[1:])

@@ -44,7 +44,8 @@ def loss_and_aux(
     if config.objective.jepa.source == "code":
         text_RxPxD, code_RxPxD = code_RxPxD, text_RxPxD
     cos_sum = jnp.sum(cosine(text_RxPxD, code_RxPxD) * batch.pair_weight)
-    slots = min(batch.pair_weight.shape[1], -(-DIAGNOSTIC_PAIRS // config.data.rows_per_step))
+    rows = batch.pair_weight.shape[0] * config.train.micro_batches
+    slots = min(batch.pair_weight.shape[1], -(-DIAGNOSTIC_PAIRS // rows))
     pairs = (text_RxPxD[:, :slots], code_RxPxD[:, :slots], batch.pair_weight[:, :slots])
     return total, {"sums": sums, "cos_sum": cos_sum, "pairs": pairs}
 

@@ -110,16 +110,16 @@ class Case:
         )
 
     def loader(self, workers: int) -> None:
-        """The iterator that training reads, from the second step on; plans are made in between."""
-        steps = 40
+        """The iterator that training reads, from its second step on; plans of epochs are made in between."""
+        steps = 60
         rates = []
         for _ in range(self._args.repeats):
             data = self._data({"rows_per_step": 32, "workers": workers}, {}, num_steps=steps)
             batches = data.iterator(0)
             next(batches)
             start, tokens = time.perf_counter(), 0
-            for step in batches:
-                tokens += int((step["segments"] > 0).sum())
+            for _ in range(steps - 1):  # not to its end, where a worker process takes a second to go
+                tokens += int((next(batches)["segments"] > 0).sum())
             rates.append(tokens / (time.perf_counter() - start))
             batches.close()
         self._print("loader", workers=workers, tokens_per_s=round(statistics.median(rates)))
