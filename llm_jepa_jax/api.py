@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right
+from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.models.transformer import head_kernel
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
 from llm_jepa_jax.run_directory import Run, open_run
-from llm_jepa_jax.text.chat import Message, render_prompt, render_view
+from llm_jepa_jax.text.chat import VIEW_ROLES, Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
 
@@ -69,18 +69,19 @@ class LanguageModel:
     def encode(self, texts: Sequence[str], num_predictors: int | None = None, role: str = "user") -> np.ndarray:
         """Embeddings of views, float32 [n, D].
 
-        `role="user"` gives Pred(Enc(text)) with `num_predictors` predictor tokens (default: as trained);
-        `role="assistant"` gives Enc(code), which has none.
+        `role="user"` gives the text view's, `role="assistant"` the code view's, as trained: the view that predicts has
+        the run's predictor tokens (Pred(Enc(Text)), unless `jepa.direction=code_to_text`), the other has none.
+        `num_predictors` sets another number.
         """
-        jepa, tokenizer = self.run.config.objective.jepa, self.run.tokenizer
-        if role not in ("user", "assistant"):
+        run = self.run
+        views = {role: view for view, role in VIEW_ROLES.items()}
+        if role not in views:
             raise UserError(f"role={role!r}; use 'user' (text view) or 'assistant' (code view)")
-        count = (jepa.num_predictors if role == "user" else 0) if num_predictors is None else num_predictors
-        if not 0 <= count <= len(tokenizer.predictor_ids):
-            raise UserError(f"num_predictors={count}; use 0 to {len(tokenizer.predictor_ids)}")
-        predictors = list(tokenizer.predictor_ids[:count])
-        views = [render_view(tokenizer, role, text, jepa.view_end) + predictors for text in texts]
-        return encode(self.run.params, self.run.config.model, views, self.run.mesh, self._dtype)
+        most = len(self.tokenizer.predictor_ids)
+        if num_predictors is not None and not 0 <= num_predictors <= most:
+            raise UserError(f"num_predictors={num_predictors}; use 0 to {most}")
+        ids = view_ids(self.tokenizer, run.config.objective.jepa, views[role], texts, num_predictors)
+        return encode(run.params, run.config.model, ids, run.mesh, self._dtype)
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int | None = None, system: str | None = None

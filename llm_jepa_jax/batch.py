@@ -8,6 +8,8 @@ import chex
 import jax
 import numpy as np
 
+SHORTEST_ROW, ROW_MULTIPLE = 64, 32
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,11 @@ class Batch:
     target_weight: Any
     """[R, M] float32, 1 for a used slot."""
     predictor_index: Any
-    """[R, P] place of the text view's last hidden state (its last predictor token; with k=0 the view's end)."""
+    """[R, P] place of the last hidden state of the view that predicts, its predictor tokens included: the text view,
+    or the code view with `jepa.direction=code_to_text`."""
     code_index: Any
-    """[R, P] place of the code view's last hidden state."""
+    """[R, P] place of the last hidden state of the view that is predicted: the code view, or the text view with
+    `jepa.direction=code_to_text`."""
     pair_weight: Any
     """[R, P] float32, 1 for a used slot."""
     num_examples: Any
@@ -67,8 +71,29 @@ class RowShape:
         return self.length + self.pair_slots * self.branch
 
 
-def empty_row(shape: RowShape) -> dict[str, np.ndarray]:
-    """One row of padding as writable arrays, without the R axis."""
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """One kind of steps: the static sizes of a compiled step. All its rows have one shape."""
+
+    rows: int
+    """Rows of a step, over all processes."""
+    row: RowShape
+
+    def __str__(self) -> str:
+        views = "views" if self.row.pair_slots else "no views"
+        return f"{self.rows} rows of {self.row.length} tokens, {views}"
+
+
+def row_lengths(longest: int) -> list[int]:
+    """All row lengths that `data.row_buckets` can choose from: the longest, its half, its quarter, …"""
+    lengths = [longest]
+    while lengths[-1] % (2 * ROW_MULTIPLE) == 0 and lengths[-1] // 2 >= SHORTEST_ROW:
+        lengths.append(lengths[-1] // 2)
+    return lengths
+
+
+def empty_rows(num_rows: int, shape: RowShape) -> dict[str, np.ndarray]:
+    """Rows of padding as writable arrays [R, …]: the fields of `Batch` by name."""
     sizes = {
         "target": (shape.target_slots,), "pair": (shape.pair_slots,), "token": (shape.width,), "trunk": (shape.length,)
     }  # fmt: skip
@@ -77,14 +102,17 @@ def empty_row(shape: RowShape) -> dict[str, np.ndarray]:
         "target_index": "target", "targets": "target", "target_weight": "target",
         "predictor_index": "pair", "code_index": "pair", "pair_weight": "pair",
     }  # fmt: skip
-    row = {name: np.zeros(sizes[kind], np.float32 if name in FLOAT_FIELDS else np.int32) for name, kind in of.items()}
-    return row | {"num_examples": np.zeros((), np.int32)}
+    rows = {
+        name: np.zeros((num_rows, *sizes[kind]), np.float32 if name in FLOAT_FIELDS else np.int32)
+        for name, kind in of.items()
+    }
+    return rows | {"num_examples": np.zeros(num_rows, np.int32)}
 
 
 def abstract_batch(num_rows: int, shape: RowShape) -> Batch:
     """The batch as `jax.ShapeDtypeStruct`s: what ahead-of-time compilation and sharding need."""
-    row = empty_row(shape)
-    return Batch(**{name: jax.ShapeDtypeStruct((num_rows, *row[name].shape), row[name].dtype) for name in FIELDS})
+    rows = empty_rows(0, shape)
+    return Batch(**{n: jax.ShapeDtypeStruct((num_rows, *rows[n].shape[1:]), rows[n].dtype) for n in FIELDS})
 
 
 def check_batch(batch: Batch, num_rows: int, shape: RowShape) -> None:

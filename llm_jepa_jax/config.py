@@ -57,6 +57,12 @@ class DataConfig:
     )
     row_length: int = key(512, "length of a packed row", "tokens")
     rows_per_step: int = key(32, "rows of one optimizer step, over all devices and micro-batches", "rows")
+    row_buckets: int = key(
+        0,
+        "row lengths in use: `data.row_length`, its half, its quarter, …, with as many more rows a step; short "
+        "examples go to short rows, and each length has its own compiled step. 1: one length; 0: as many as pay",
+        "lengths",
+    )
     shuffle: bool = key(True, "draw a new order every epoch from (`seed`, epoch)")
     max_dropped_share: float = key(
         0.01, "share of records that may be dropped for not fitting `data.row_length` before the run refuses to start"
@@ -64,6 +70,7 @@ class DataConfig:
     target_slots: int = key(0, "next-token target slots a row; 0: sized from the data", "slots")
     pair_slots: int = key(0, "JEPA pair slots a row; 0: sized from the data", "slots")
     workers: int = key(0, "Grain worker processes; 0: rows are built in the training process", "processes")
+    prefetch: int = key(2, "steps whose rows are built ahead, by each worker process where there are any", "steps")
     cache_dir: str = key(
         "~/.cache/llm_jepa_jax", "where trained tokenizers and tokenised files are cached by content hash"
     )
@@ -113,7 +120,18 @@ class NtpConfig:
 class JepaConfig:
     weight: float = key(1.0, "λ: weight of the JEPA loss; 0: off, and no view enters a row")
     num_predictors: int = key(
-        1, f"k: predictor tokens appended to the text view, 0 to {NUM_RESERVED_PREDICTORS}", "tokens"
+        1, f"k: predictor tokens of the view that predicts, 0 to {NUM_RESERVED_PREDICTORS}", "tokens"
+    )
+    direction: str = key(
+        "text_to_code",
+        "which view predicts the other, and so has the predictor tokens; in the `shared` layout `code_to_text` reads "
+        "its target inside the conversation",
+        choices=("text_to_code", "code_to_text"),
+    )
+    placement: str = key(
+        "append",
+        "predictor tokens come behind the view (`append`) or before its content (`prepend`: its own end is read)",
+        choices=("append", "prepend"),
     )
     view_end: str = key(
         "content",
@@ -121,9 +139,20 @@ class JepaConfig:
         choices=("content", "turn"),
     )
     stop_gradient: bool = key(
-        False, "no gradient into the code view: the text view alone moves (published: both views move)"
+        False, "no gradient into the view that is predicted: the other alone moves (published: both views move)"
     )
     dropout: float = key(0.0, "α: share of examples that go without their JEPA pair, drawn from (seed, epoch, example)")
+    dropout_by: str = key(
+        "example",
+        "`example`: rows mix examples with and without their pair; `step`: they are packed apart, so that a step has "
+        "pairs throughout or runs next-token prediction alone, in a compiled step of its own",
+        choices=("example", "step"),
+    )
+
+    @property
+    def source(self) -> str:
+        """The view that predicts: `text` or `code`."""
+        return self.direction.split("_")[0]
 
 
 @dataclasses.dataclass(frozen=True)

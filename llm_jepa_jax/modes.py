@@ -19,14 +19,14 @@ from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
 from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_splits
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.eval.encode import encode
+from llm_jepa_jax.eval.encode import encode, view_ids
 from llm_jepa_jax.eval.evaluate import evaluate as run_task
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.resolve import resolve, with_vocabulary
 from llm_jepa_jax.run_directory import check_directory, claim, open_run
-from llm_jepa_jax.text.chat import Message, render_prompt, render_view
+from llm_jepa_jax.text.chat import Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
 from llm_jepa_jax.train.loop import Evaluate
 from llm_jepa_jax.train.loop import train as run_training
@@ -114,10 +114,16 @@ def _log_data(data: TrainData) -> None:
     s = data.summary()
     LOG.info(
         "data: %d examples in %d rows an epoch, fill %.1f%%, %.1f + %.1f tokens an example (conversation + views), "
-        "%d target and %d pair slots a row, %d steps",
-        s["examples"], s["rows_per_epoch"], 100 * s["fill"], s["conversation_tokens"], s["view_tokens"],
-        s["target_slots"], s["pair_slots"], s["num_steps"],
+        "%d steps",
+        s["examples"], s["rows_per_epoch"], 100 * s["fill"], s["conversation_tokens"], s["view_tokens"], s["num_steps"],
     )  # fmt: skip
+    for kind, k in zip(data.kinds, s["kinds"], strict=True):
+        LOG.info(
+            "steps of %s: %d examples in %d rows an epoch, fill %.1f%%, %d target and %d pair slots a row, "
+            "segments up to %d tokens",
+            kind, k["examples"], k["rows_per_epoch"], 100 * k["fill"], k["target_slots"], k["pair_slots"],
+            k["longest_segment"],
+        )  # fmt: skip
 
 
 def _evaluator(job: Job, workdir: pathlib.Path, phases: Phases, last_step: int) -> Evaluate:
@@ -147,9 +153,8 @@ def _embed_pairs(job: Job, params: Any) -> tuple[np.ndarray, np.ndarray]:
     jepa = config.objective.jepa
     count = min(config.log.report_pairs, len(source))
     records = [source[int(i)] for i in np.linspace(0, len(source) - 1, count).round().astype(int)]
-    predictors = list(tokenizer.predictor_ids[: jepa.num_predictors])
-    texts = [render_view(tokenizer, "user", record.text, jepa.view_end) + predictors for record in records]
-    codes = [render_view(tokenizer, "assistant", record.code, jepa.view_end) for record in records]
+    texts = view_ids(tokenizer, jepa, "text", [record.text for record in records])
+    codes = view_ids(tokenizer, jepa, "code", [record.code for record in records])
     dtype = jnp.dtype(config.train.dtype)
     text_PxD, code_PxD = (encode(params, config.model, views, job.mesh, dtype) for views in (texts, codes))
     return text_PxD, code_PxD

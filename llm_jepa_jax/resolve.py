@@ -4,6 +4,7 @@
 import dataclasses
 from collections.abc import Callable
 
+from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
 from llm_jepa_jax.config import NUM_RESERVED_PREDICTORS, Config
 from llm_jepa_jax.errors import UserError
 
@@ -11,6 +12,7 @@ POSITIVE = [
     "text.vocab_size",
     "data.row_length",
     "data.rows_per_step",
+    "data.prefetch",
     "data.synthetic_train",
     "data.synthetic_eval",
     "model.embed_dim",
@@ -41,6 +43,7 @@ NOT_NEGATIVE = [
     "seed",
     "data.target_slots",
     "data.pair_slots",
+    "data.row_buckets",
     "data.workers",
     "model.vocab_size",
     "objective.ntp.weight",
@@ -131,7 +134,7 @@ def _get(config: Config, key: str) -> float:
 
 
 def _check_data(config: Config) -> None:
-    data = config.data
+    data, jepa = config.data, config.objective.jepa
     if not data.train:
         _fail("data.train", "''", "names no data; use `synthetic` or JSONL files")
     if not data.eval and data.train != "synthetic" and not 0 < data.eval_share < 1:
@@ -143,6 +146,21 @@ def _check_data(config: Config) -> None:
     for key, slots in (("data.target_slots", data.target_slots), ("data.pair_slots", data.pair_slots)):
         if slots > data.row_length:
             _fail(key, slots, f"is above `data.row_length`={data.row_length}; use 0 to size it from the data")
+        if slots and data.row_buckets > 1:
+            _fail(key, slots, f"is for one row length, not `data.row_buckets`={data.row_buckets}; use row_buckets=1")
+    most = len(row_lengths(data.row_length))
+    if data.row_buckets > most:
+        _fail(
+            "data.row_buckets", data.row_buckets,
+            f"halves `data.row_length`={data.row_length} below {SHORTEST_ROW} tokens or a multiple of {ROW_MULTIPLE}; "
+            f"use at most {most}",
+        )  # fmt: skip
+    if data.layout == "shared" and jepa.source == "text" and jepa.placement == "prepend" and jepa.weight:
+        _fail(
+            "objective.jepa.placement", "prepend",
+            "puts predictor tokens before the text, which `data.layout`=shared has read without them; "
+            "use data.layout=separate",
+        )  # fmt: skip
 
 
 def _check_objective(config: Config) -> None:

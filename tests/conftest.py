@@ -58,7 +58,7 @@ def small_config(cache_dir: pathlib.Path, **sections: dict) -> Config:
     values = {
         "data": {
             "synthetic_train": 60, "synthetic_eval": 10, "row_length": 256, "rows_per_step": 8,
-            "cache_dir": str(cache_dir),
+            "row_buckets": 1, "cache_dir": str(cache_dir),
         },
         "model": dict(SMALL_MODEL),
         "opt": {"warmup_steps": 2},
@@ -82,9 +82,14 @@ def small_data(config: Config, tokenizer: Tokenizer) -> TrainData:
 
 def host_batch(data: TrainData, step: int = 0) -> Batch:
     """A step's global batch as numpy arrays."""
-    rows, size = data.rows(), data.config.data.rows_per_step
-    picked = [rows[step * size + i] for i in range(size)]
-    return Batch(**{name: np.stack([row[name] for row in picked]) for name in FIELDS})
+    values = data.steps()[step]
+    return Batch(**{name: values[name] for name in FIELDS})
+
+
+def host_rows(data: TrainData) -> list[dict[str, np.ndarray]]:
+    """Every row of the stream, one after the other, padding rows at its end included."""
+    steps = [data.steps()[step] for step in range(data.num_steps)]
+    return [{name: step[name][row] for name in FIELDS} for step in steps for row in range(len(step["tokens"]))]
 
 
 def replace_rows(batch: Batch, **changes: np.ndarray) -> Batch:

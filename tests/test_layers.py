@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "llm_jepa_jax"
 ORDER = (
-    ("errors", "config", "batch", "presets", "from_json", "resolve"),
+    ("errors", "config", "batch", "presets", "from_json", "resolve", "flops"),
     ("text", "parallel"),
     ("data", "models"),
     ("objectives",),

@@ -123,11 +123,12 @@ def outcome(workdir):
 
 
 def test_killed_and_stopped_runs_end_bit_equal_to_one_left_alone(tmp_path):
-    """SIGKILL at a random step, and SIGTERM, then the same command again."""
+    """SIGKILL at a random step, and SIGTERM, then the same command again; steps of four kinds."""
     arguments = [
         "--config=configs/tiny.py:smoke", "--config.train.num_steps=40", "--config.checkpoint.every_steps=7",
         "--config.log.every_steps=3", "--config.eval.every_steps=14", "--config.log.report=False",
-        "--config.objective.jepa.dropout=0.5",
+        "--config.objective.jepa.dropout=0.5", "--config.objective.jepa.dropout_by=step",
+        "--config.data.row_buckets=2",
     ]  # fmt: skip
     alone = tmp_path / "alone"
     result_of(start(*arguments, f"--workdir={alone}"))
@@ -199,6 +200,12 @@ SMOKE = "--config=configs/tiny.py:smoke"
         ([SMOKE, "--config.data.train=none.jsonl"], "none.jsonl: No such file or directory"),
         ([SMOKE, "--config.objective.ntp.weight=0"], "lets the embeddings collapse"),
         ([SMOKE, "--config.objective.jepa.num_predictors=11"], "use 0 to 10"),
+        ([SMOKE, "--config.data.row_buckets=4"], "`data.row_buckets`=4 halves `data.row_length`=256"),
+        ([SMOKE, "--config.objective.jepa.dropout_by=row"], "use one of example, step"),
+        (
+            [SMOKE, "--config.data.layout=shared", "--config.objective.jepa.placement=prepend"],
+            "use data.layout=separate",
+        ),
         ([SMOKE, "--config.objective.jepa.dropout=1.5"], "must lie between 0 and 1"),
         ([SMOKE, "--config.model.num_kv_heads=3"], "does not divide `model.num_heads`=4"),
         ([SMOKE, "--config.model.vocab_size=100"], "is below the tokenizer's 512 pieces"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jepa_jax.data.views import has_pair
 from llm_jepa_jax.models.transformer import forward, head_kernel, init_params
 from llm_jepa_jax.objectives import diagnostics
 from llm_jepa_jax.objectives.jepa import cosine
@@ -110,11 +111,9 @@ def test_no_jepa_means_next_token_only(tmp_path, tokenizer):
 def test_weights_count_slots_under_padding(tmp_path, tokenizer):
     config, data, batch, _ = setting(tmp_path, tokenizer, objective={"jepa": {"dropout": 0.5}})
     weights = term_weights(batch, config.objective)
-    rows = data.rows()
-    examples = np.concatenate([data.epochs.plan(0)[data.epochs.locate(i)[1]] for i in range(8)])
-    corpus = rows._builder._corpus
-    assert weights["ntp"] == corpus.num_targets("assistant")[examples].sum()
-    assert weights["jepa"] == data.epochs.pairs(0, examples).sum()
+    _, plan = data.epochs.step(0)
+    assert weights["ntp"] == data.epochs.costs.targets_N[plan.examples].sum()
+    assert weights["jepa"] == has_pair(config, 0, plan.examples).sum()
     assert (batch.segments == 0).any() and (batch.target_weight == 0).any()
 
 

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from llm_jepa_jax.batch import FIELDS, RowShape, check_batch
+from llm_jepa_jax.config import freeze
 from llm_jepa_jax.data.inspect import show_rows
+from llm_jepa_jax.data.packing import Plan
 from llm_jepa_jax.data.rows import RowBuilder
 from llm_jepa_jax.data.sources import JsonlSource
 from llm_jepa_jax.data.views import has_pair
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.chat import render, render_view
-from tests.conftest import host_batch, small_config, small_data
+from tests.conftest import host_batch, host_rows, small_config, small_data
 
 
 def batches(data, step, count, process=0, processes=1):
@@ -54,7 +56,7 @@ def test_rows_say_what_the_records_say(tmp_path, tokenizer, layout, targets, pre
         text = render_view(tokenizer, "user", source[i].text, "content") + list(tokenizer.predictor_ids[:predictors])
         expected["pair"][tuple(text)] = tuple(render_view(tokenizer, "assistant", source[i].code, "content"))
     seen_conversations, seen_pairs = [], 0
-    for row in (data.rows()[i] for i in range(len(data.rows()))):
+    for row in host_rows(data):
         found = check_row(row if layout != "shared" else as_separate(row, predictors), expected)
         seen_conversations += found[0]
         seen_pairs += found[1]
@@ -64,7 +66,8 @@ def test_rows_say_what_the_records_say(tmp_path, tokenizer, layout, targets, pre
     every = np.arange(60)
     first, second = (has_pair(config, epoch, every) for epoch in range(2))
     assert seen_pairs == first.sum() + second.sum() > 0
-    assert (data.epochs.pairs(1, every) == second).all() and (first != second).any()
+    (plan,) = data.epochs.plans(1)
+    assert (plan.pairs == second[plan.examples]).all() and (first != second).any()
 
 
 def data_source(config):
@@ -141,45 +144,58 @@ def check_row(row, expected):
     return conversations, len(pairs)
 
 
+BY_STEP = {"objective": {"jepa": {"dropout": 0.5, "dropout_by": "step"}}}
+TWO_LENGTHS = {"data": {"row_buckets": 2, "row_length": 512}}
+KINDS = {"one kind": {}, "by step": BY_STEP, "two lengths": TWO_LENGTHS, "both": BY_STEP | TWO_LENGTHS}
+"""Settings that give a run one, two or four kinds of steps."""
+several_kinds = pytest.mark.parametrize("sections", KINDS.values(), ids=KINDS)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_hold_the_blocks_of_the_same_global_batch(tmp_path, tokenizer, processes):
-    data = small_data(small_config(tmp_path), tokenizer)
-    whole = batches(data, 0, 3)
-    parts = [batches(data, 0, 3, p, processes) for p in range(processes)]
-    joined = [{name: np.concatenate([part[s][name] for part in parts]) for name in whole[s]} for s in range(3)]
-    assert_same(whole, joined)
+@several_kinds
+def test_processes_hold_the_blocks_of_the_same_global_batch(tmp_path, tokenizer, processes, sections):
+    data = small_data(small_config(tmp_path, **sections), tokenizer)
+    whole = batches(data, 0, 4)
+    parts = [batches(data, 0, 4, p, processes) for p in range(processes)]
+    joined = [{name: np.concatenate([part[s][name] for part in parts]) for name in FIELDS} for s in range(4)]
+    assert_same([{name: step[name] for name in FIELDS} for step in whole], joined)
+    assert all(int(part[s]["kind"]) == whole[s]["kind"] for part in parts for s in range(4))
 
 
-def test_resumed_stream_goes_on_where_it_was(tmp_path, tokenizer):
-    data = small_data(small_config(tmp_path, train={"num_steps": 12}), tokenizer)  # more than one epoch
-    assert data.epochs.locate(12 * 8 - 1)[0] >= 2
+@several_kinds
+def test_resumed_stream_goes_on_where_it_was(tmp_path, tokenizer, sections):
+    data = small_data(small_config(tmp_path, **sections, train={"num_steps": 12}), tokenizer)  # more than one epoch
+    assert data.epochs.locate(11)[0] >= 2
     whole = batches(data, 0, 12)
     fresh = small_data(data.config, tokenizer)
     assert_same(whole[7:], batches(fresh, 7, 5))
+    assert len(data.kinds) == 1 or len({int(step["kind"]) for step in whole}) > 1
 
 
 def test_worker_processes_give_the_same_stream(tmp_path, tokenizer):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    config = small_config(tmp_path)
+    config = small_config(tmp_path, **KINDS["both"], train={"num_steps": 8})
     data = small_data(config, tokenizer)
-    with_workers = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2))
+    with_workers = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=2, prefetch=1))
     workers = dataclasses.replace(data, config=with_workers)
-    assert_same(batches(data, 1, 3), batches(workers, 1, 3))
+    assert_same(batches(data, 3, 5), batches(workers, 3, 5))
 
 
 def test_batches_keep_the_contract_and_the_tail_is_padding(tmp_path, tokenizer):
     config = small_config(tmp_path, train={"num_steps": 0, "num_epochs": 1})
     data = small_data(config, tokenizer)
-    check_batch(host_batch(data), 8, data.shape)
+    (kind,) = data.kinds
+    check_batch(host_batch(data), 8, kind.row)
     all_batches = batches(data, 0, data.num_steps)
     assert sum(int(b["num_examples"].sum()) for b in all_batches) == 60
-    tail = data.num_steps * 8 - data.end
-    assert 0 < tail < 8
+    ((_, rest),) = data.epochs.remains(0)
+    tail = 8 - len(rest)
+    assert 0 < tail < 8 and len(rest) > 0
     last = all_batches[-1]
     assert not last["segments"][-tail:].any() and not last["target_weight"][-tail:].any()
     longest = max(int((last["segments"] == s).sum(axis=1).max()) for s in range(1, 10))
-    assert longest <= data.shape.longest_segment
+    assert longest <= kind.row.longest_segment
 
 
 def test_records_that_do_not_fit_are_counted_and_refused_past_the_share(tmp_path, tokenizer, caplog):
@@ -221,24 +237,26 @@ def test_weights_are_copies_an_epoch(tmp_path, tokenizer):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     spec = f"{tmp_path}/a.jsonl*2,{tmp_path}/b.jsonl*0.5"
     data = small_data(small_config(tmp_path, data={"train": spec, "eval": f"{tmp_path}/a.jsonl"}), tokenizer)
-    counts = np.stack([np.bincount(data.epochs.plan(epoch).examples, minlength=40) for epoch in range(40)])
+    counts = np.stack([np.bincount(data.epochs.plans(epoch)[0].examples, minlength=40) for epoch in range(40)])
     assert (counts[:, :20] == 2).all() and set(counts[:, 20:].ravel().tolist()) == {0, 1}
     assert abs(counts[:, 20:].mean() - 0.5) < 0.09  # five standard deviations
     spec = f"{tmp_path}/a.jsonl*0.5,{tmp_path}/b.jsonl*2"
     longer = small_data(small_config(tmp_path, data={"train": spec, "eval": f"{tmp_path}/a.jsonl"}), tokenizer)
-    assert longer.shape.target_slots > data.shape.target_slots  # slots are sized for what the rows will hold
+    assert (
+        longer.kinds[0].row.target_slots > data.kinds[0].row.target_slots
+    )  # slots are sized for what the rows will hold
 
 
 def test_readers_at_once_agree_on_where_epochs_begin(tmp_path, tokenizer):
     config = small_config(tmp_path, train={"num_steps": 100})
     alone = small_data(config, tokenizer).epochs
-    expected = [alone.locate(row) for row in range(0, 800, 50)]
+    expected = [alone.locate(step) for step in range(0, 100, 6)]
     shared = small_data(config, tokenizer).epochs
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda _: [shared.locate(row) for row in range(0, 800, 50)], range(4)))
+            found = list(pool.map(lambda _: [shared.locate(step) for step in range(0, 100, 6)], range(4)))
     finally:
         sys.setswitchinterval(interval)
     assert found == [expected] * 4
@@ -273,7 +291,10 @@ def test_any_row_can_be_read_back(records, predictors, targets, data):
     shape = RowShape(length=700, target_slots=260, pair_slots=12)
     with_pair = np.array([r[3] for r in records])
     order = rng.permutation(len(records))
-    row = RowBuilder(FakeCorpus(arrays), shape, targets, ids, shared=False)(order, with_pair[order])
+    config = freeze({"objective": {"ntp": {"targets": targets}}})
+    plan = Plan(order, with_pair[order], np.array([0, len(order)]))
+    rows = RowBuilder(FakeCorpus(arrays), config, ids)(plan, 1, shape)
+    row = {name: rows[name][0] for name in FIELDS}
     expected, wanted, ends, place = [], [], [], 0
     for i in order:
         segments = [arrays["conversation"][i].tolist()]
@@ -341,9 +362,8 @@ def test_a_branch_hangs_off_the_end_of_the_text_view(tmp_path, tokenizer, view_e
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
     files = {"train": str(path), "eval": str(path), "layout": "shared"}
-    row = small_data(small_config(tmp_path, data=files, objective={"jepa": {"view_end": view_end}}), tokenizer).rows()[
-        0
-    ]
+    config = small_config(tmp_path, data=files, objective={"jepa": {"view_end": view_end}})
+    row = host_rows(small_data(config, tokenizer))[0]
     end = int(row["branch_end"][0])
     seen = [tokenizer.role_ids["user"], *tokenizer.encode("c d")]
     seen += [tokenizer.end_of_turn_id] if view_end == "turn" else []

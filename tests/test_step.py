@@ -17,7 +17,7 @@ from llm_jepa_jax.parallel.sharding import global_batch, parameter_spec, rows_sh
 from llm_jepa_jax.train.optimizer import learning_rate
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.train.step import gradients, make_train_step
-from tests.conftest import host_batch, replace_rows, small_config, small_data
+from tests.conftest import host_batch, host_rows, replace_rows, small_config, small_data
 
 STEPS = 4
 
@@ -28,12 +28,11 @@ def losses_of(config, tokenizer, devices):
     data = small_data(config, tokenizer)
     factory = state_factory(config, mesh, STEPS)
     state, losses = factory.create(), []
-    step = make_train_step(factory, STEPS, data.shape.longest_segment)
+    steps = [make_train_step(factory, STEPS, kind.row.longest_segment) for kind in data.kinds]
     with jax.set_mesh(mesh):
         for number in range(STEPS):
-            batch = host_batch(data, number)
-            batch = global_batch(mesh, {name: getattr(batch, name) for name in FIELDS})
-            state, metrics = step(state, batch)
+            values = data.steps()[number]
+            state, metrics = steps[int(values["kind"])](state, global_batch(mesh, values))
             losses.append(float(metrics["last"]["total_loss"]))
     return losses, state
 
@@ -48,9 +47,9 @@ def losses_of(config, tokenizer, devices):
         ({"fsdp": 2, "data": 1}, 2, 4),
     ],
 )
-@pytest.mark.parametrize("layout", ["separate", "shared"])
-def test_devices_and_micro_batches_change_nothing(tmp_path, tokenizer, mesh, devices, micro_batches, layout):
-    same = {"objective": {"jepa": {"dropout": 0.4}}, "data": {"layout": layout}}
+@pytest.mark.parametrize(("layout", "by"), [("separate", "example"), ("shared", "example"), ("shared", "step")])
+def test_devices_and_micro_batches_change_nothing(tmp_path, tokenizer, mesh, devices, micro_batches, layout, by):
+    same = {"objective": {"jepa": {"dropout": 0.4, "dropout_by": by}}, "data": {"layout": layout}}
     plain, state = losses_of(small_config(tmp_path, **same), tokenizer, 1)
     config = small_config(tmp_path, **same, mesh=mesh, train={"micro_batches": micro_batches})
     other, other_state = losses_of(config, tokenizer, devices)
@@ -73,13 +72,23 @@ def test_micro_batches_add_gradients_by_weight(tmp_path, tokenizer):
     chex.assert_trees_all_close(parts[2]["sums"], whole[2]["sums"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("view_end", ["content", "turn"])
-@pytest.mark.parametrize("predictors", [0, 1, 3])
-def test_shared_equals_separate_where_the_text_begins_the_conversation(tmp_path, tokenizer, predictors, view_end):
+@pytest.mark.parametrize(
+    ("predictors", "view_end", "direction", "placement"),
+    [
+        *((k, end, "text_to_code", "append") for k in (0, 1, 3) for end in ("content", "turn")),
+        *((k, "content", "code_to_text", placement) for k in (0, 2) for placement in ("append", "prepend")),
+    ],
+)
+def test_shared_equals_separate_where_the_text_begins_the_conversation(
+    tmp_path, tokenizer, predictors, view_end, direction, placement
+):
     """Loss and gradient over the same examples, 1e-5."""
     results = {}
     for layout in ("separate", "shared"):
-        jepa = {"num_predictors": predictors, "view_end": view_end, "dropout": 0.3}
+        jepa = {
+            "num_predictors": predictors, "view_end": view_end, "dropout": 0.3, "direction": direction,
+            "placement": placement,
+        }  # fmt: skip
         config = small_config(
             tmp_path,
             data={"layout": layout, "rows_per_step": 24},
@@ -87,9 +96,10 @@ def test_shared_equals_separate_where_the_text_begins_the_conversation(tmp_path,
             train={"num_steps": 0, "num_epochs": 1},
         )
         data = small_data(config, tokenizer)
-        assert data.end <= 24  # all examples in one step, whatever their rows
+        assert data.num_steps == 1  # all examples in one step, whatever their rows
         params = init_params(jax.random.key(0), config.model, jnp.float32)
-        results[layout] = gradients(params, host_batch(data), config, data.shape.longest_segment)
+        run = jax.jit(lambda p, b, c=config, s=data.kinds[0].row.longest_segment: gradients(p, b, c, s))
+        results[layout] = run(params, host_batch(data))
     (total, grads, aux, weights), (other, other_grads, other_aux, other_weights) = results.values()
     assert weights == other_weights and weights["jepa"] > 20
     np.testing.assert_allclose(other, total, rtol=1e-5)
@@ -105,8 +115,7 @@ def test_packed_and_padded_rows_give_each_example_the_same_loss_and_gradient(tmp
         config = small_config(tmp_path, data={"layout": layout, "shuffle": False, "synthetic_train": 24}, **sections)
         data = small_data(config, tokenizer)
         params = init_params(jax.random.key(0), config.model, jnp.float32) if params is None else params
-        rows = [data.rows()[i] for i in range(data.end)]
-        results[layout] = [example_terms(row, params, config) for row in rows]
+        results[layout] = [example_terms(row, params, config) for row in host_rows(data) if row["num_examples"]]
     packed = {key: value for row in results["separate"] for key, value in row.items()}
     padded = {key: value for row in results["padded"] for key, value in row.items()}
     assert packed.keys() == padded.keys() and len(packed) == 24

@@ -20,27 +20,33 @@ PAIR_END = "reverse"
 
 
 def show_rows(data: TrainData, tokenizer: Tokenizer, num_rows: int, console: Console) -> None:
-    """Prints the legend, `num_rows` rows of the first epoch, and the packing fill."""
+    """Prints the legend, `num_rows` rows of each kind in the first epoch, and the packing fill."""
     legend = Text("legend: ")
     for name, style in STYLES.items():
         legend.append(name, style).append("  ")
     legend.append("target", TARGET).append("  ").append("pair end", PAIR_END)
     console.print(legend)
-    rows = data.rows()
-    for number in range(min(num_rows, len(rows))):
-        _show_row(rows[number], number, tokenizer, console)
     s = data.summary()
+    for kind, plan, k in zip(data.kinds, data.epochs.get(0).plans, s["kinds"], strict=True):
+        console.print(
+            f"steps of {kind}: {k['examples']} examples in {k['rows_per_epoch']} rows an epoch, fill {k['fill']:.1%}"
+        )
+        shown = plan.rows(0, num_rows)
+        rows = data.builder(shown, len(shown), kind.row)
+        for number in range(len(shown)):
+            row = {name: array[number] for name, array in rows.items()}
+            _show_row(row, number, data.config.objective.jepa.source, tokenizer, console)
     console.print(
         f"packing: {s['examples']} examples in {s['rows_per_epoch']} rows an epoch, fill {s['fill']:.1%}, "
         f"{s['examples_per_row']:.1f} examples a row, {s['dropped']} records dropped"
     )
 
 
-def _show_row(row: dict[str, np.ndarray], number: int, tokenizer: Tokenizer, console: Console) -> None:
+def _show_row(row: dict[str, np.ndarray], number: int, source: str, tokenizer: Tokenizer, console: Console) -> None:
     length, segments = len(row["segments"]), row["segments"]
     used = int((segments > 0).sum())
     console.rule(f"row {number}: {int(row['num_examples'])} examples, {used} of {length} tokens")
-    texts, codes, targets = _marks(row)
+    texts, codes, targets = _marks(row, source)
     for segment in range(1, int(segments.max(initial=0)) + 1):
         places = np.flatnonzero(segments == segment).tolist()
         view = "text view" if places[-1] in texts else "code view" if places[-1] in codes else "conversation"
@@ -59,7 +65,7 @@ def _show_row(row: dict[str, np.ndarray], number: int, tokenizer: Tokenizer, con
 def _show_branches(row: dict[str, np.ndarray], tokenizer: Tokenizer, console: Console) -> None:
     """The predictor tokens behind the row, and where each branch hangs."""
     length, pairs = len(row["segments"]), np.flatnonzero(row["pair_weight"])
-    size = (len(row["tokens"]) - length) // len(row["pair_weight"])
+    size = (len(row["tokens"]) - length) // max(1, len(row["pair_weight"]))
     for pair in pairs.tolist() if size else []:
         places = list(range(length + pair * size, length + (pair + 1) * size))
         line = _line(row, f"    branch       of place {row['branch_end'][pair]}", places)
@@ -72,11 +78,12 @@ def _line(row: dict[str, np.ndarray], name: str, places: list[int]) -> Text:
     return Text(f"{name} pos {row['positions'][places[0]]}–{row['positions'][places[-1]]}  ", "dim")
 
 
-def _marks(row: dict[str, np.ndarray]) -> tuple[dict[int, int], dict[int, int], set[int]]:
+def _marks(row: dict[str, np.ndarray], source: str) -> tuple[dict[int, int], dict[int, int], set[int]]:
     """Places of text view ends and code view ends with their pair's number, and places that are predicted."""
     pairs = np.flatnonzero(row["pair_weight"])
-    texts = {int(row["predictor_index"][p]): int(p) for p in pairs}
-    codes = {int(row["code_index"][p]): int(p) for p in pairs}
+    sources = {int(row["predictor_index"][p]): int(p) for p in pairs}
+    targets = {int(row["code_index"][p]): int(p) for p in pairs}
+    texts, codes = (sources, targets) if source == "text" else (targets, sources)
     predicted = row["target_index"][row["target_weight"] > 0] + 1
     return texts, codes, set(predicted.tolist())
 

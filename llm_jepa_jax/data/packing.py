@@ -18,16 +18,36 @@ class Plan:
 
     examples: np.ndarray
     """int64: example ids, row after row."""
+    pairs: np.ndarray
+    """bool, as `examples`: whether the example has its pair there."""
     offsets: np.ndarray
     """int64 [rows + 1]: where each row begins in `examples`."""
-    tokens: int
-    """Tokens of all rows, padding not counted."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.examples[self.offsets[row] : self.offsets[row + 1]]
+
+    def rows(self, start: int, stop: int) -> "Plan":
+        """The rows from `start` up to `stop`, as far as there are any."""
+        start, stop = min(start, len(self)), min(stop, len(self))
+        offsets = self.offsets[start : stop + 1]
+        places = slice(offsets[0], offsets[-1])
+        return Plan(self.examples[places], self.pairs[places], offsets - offsets[0])
+
+    def then(self, other: "Plan") -> "Plan":
+        """These rows, and behind them the other plan's."""
+        return Plan(
+            np.concatenate([self.examples, other.examples]),
+            np.concatenate([self.pairs, other.pairs]),
+            np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]),
+        )
+
+
+def no_rows() -> Plan:
+    """The empty plan."""
+    return Plan(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(1, np.int64))
 
 
 def slot_sizes(
@@ -37,28 +57,38 @@ def slot_sizes(
     weights_N: np.ndarray,
     shape: RowShape,
     packed: bool,
+    margin: float,
 ) -> RowShape:
     """Fills slot counts that are 0, from the expected cost of each example and its copies an epoch (`weights`).
 
-    A quarter above the average load of a full row, and never too few for a single example; a row whose slots are used
-    up is closed, so a slot count costs fill, never an example.
+    `margin` times the average load of a full row, and never too few for a single example; a row whose slots are used
+    up is closed, so a slot count costs fill, never an example. Without any pair, a row has no pair slots.
     """
     if not packed:
         needed_targets, needed_pairs = int(targets_N.max()), 1
     else:
         rows = tokens_N @ weights_N / shape.length
-        needed_targets = max(int(targets_N.max()), int(np.ceil(1.25 * (targets_N @ weights_N) / rows)))
-        needed_pairs = max(1, int(np.ceil(1.25 * (pairs_N @ weights_N) / rows)))
+        needed_targets = max(int(targets_N.max()), int(np.ceil(margin * (targets_N @ weights_N) / rows)))
+        needed_pairs = max(1, int(np.ceil(margin * (pairs_N @ weights_N) / rows)))
 
     def size(given: int, needed: int, multiple: int) -> int:
         return given or min(shape.length, -(-needed // multiple) * multiple)
 
     # A pair slot with a branch costs tokens, so none is added for the sake of a round number.
-    return dataclasses.replace(
-        shape,
-        target_slots=size(shape.target_slots, needed_targets, SLOT_MULTIPLE),
-        pair_slots=size(shape.pair_slots, needed_pairs, 1 if shape.branch else SLOT_MULTIPLE),
-    )
+    pair_slots = size(shape.pair_slots, needed_pairs, 1 if shape.branch else SLOT_MULTIPLE) if pairs_N.any() else 0
+    target_slots = size(shape.target_slots, needed_targets, SLOT_MULTIPLE)
+    return dataclasses.replace(shape, target_slots=target_slots, pair_slots=pair_slots)
+
+
+def largest_first(order_N: np.ndarray, tokens_N: np.ndarray, length: int) -> np.ndarray:
+    """The order with all examples above a quarter of a row in front, by falling size.
+
+    Where rows hold few examples, best fit in any order leaves gaps that nothing fits (94% fill at 1.8 examples a row;
+    this way 96%). The others keep their order, and so do examples of one size.
+    """
+    large = tokens_N[order_N] > length // 4
+    falling = np.argsort(-tokens_N[order_N[large]], kind="stable")
+    return np.concatenate([order_N[large][falling], order_N[~large]])
 
 
 def plan_rows(
@@ -87,7 +117,8 @@ def plan_rows(
     by_row = np.argsort(rows, kind="stable")
     counts = np.bincount(rows, minlength=int(rows.max()) + 1 if len(rows) else 0)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Plan(np.asarray(order_N, np.int64)[by_row], offsets, int(sum(tokens)))
+    examples = np.asarray(order_N, np.int64)[by_row]
+    return Plan(examples, pairs_N[examples].astype(np.bool_), offsets)
 
 
 def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: RowShape) -> list[int]:
@@ -148,4 +179,4 @@ def shuffled(plan: Plan, rng: np.random.Generator) -> Plan:
     lengths = np.diff(plan.offsets)[rows]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     places = np.repeat(plan.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return Plan(plan.examples[places], offsets, plan.tokens)
+    return Plan(plan.examples[places], plan.pairs[places], offsets)

@@ -1,32 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Planned epochs as one random-access stream of rows, read by Grain.
+"""Planned epochs as one random-access stream of steps, read by Grain.
 
-The stream is the epochs' plans one after the other. Row `g` of it depends on the configuration and the data only, so
-the whole state of the input is one integer (the step), whatever the number of hosts, workers or restarts.
+Step `s` of the stream depends on the configuration and the data only, so the whole state of the input is one integer,
+whatever the number of hosts, workers or restarts.
 """
 
 import dataclasses
 import logging
 import pathlib
-import threading
 from typing import Any
 
 import grain
 import numpy as np
-from grain.experimental import ElasticIterator
 
-from llm_jepa_jax.batch import RowShape
+from llm_jepa_jax.batch import StepShape
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.corpus import ELSEWHERE, TokenizedCorpus, tokenize_source
-from llm_jepa_jax.data.packing import Plan, plan_rows, shuffled, slot_sizes
+from llm_jepa_jax.data.epochs import Epochs
+from llm_jepa_jax.data.kinds import make_kinds
+from llm_jepa_jax.data.packing import Plan
 from llm_jepa_jax.data.rows import RowBuilder
 from llm_jepa_jax.data.sources import Source
-from llm_jepa_jax.data.views import copies, example_costs, has_pair
+from llm_jepa_jax.data.views import Costs, copies, example_costs
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger("llm_jepa_jax")
-KEPT_PLANS = 3
 DROPPED_SHOWN = 5
 
 
@@ -37,107 +36,30 @@ class Dropped:
     count: int
     total: int
     first: tuple[str, ...]
-    """`file:line (tokens)` of the first few."""
+    """`file:line` of the first few."""
 
 
-class Epochs:
-    """Every epoch's plan, made when first needed; pickles without its plans."""
+class Steps:
+    """One process's block of rows of every step, by the step's number: the source that Grain reads.
 
-    def __init__(self, config: Config, corpus: TokenizedCorpus, weights_N: np.ndarray):
-        self._config, self._packed = config, config.data.layout != "padded"
-        self.costs = example_costs(corpus, config)
-        every = np.ones(len(corpus), np.bool_)
-        self.fits_N = self.costs.tokens(every) <= config.data.row_length
-        self._weights_N = np.where(self.fits_N, weights_N, 0.0)
-        self.shape = self._shape()
-        self._starts = [0]
-        self._plans: dict[int, Plan] = {}
-        self._lock = threading.RLock()
+    Process p of n holds the p-th block of a step's rows, so that a step's global batch is the same arrays on any number
+    of processes.
+    """
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plans": {}, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
-
-    def _shape(self) -> RowShape:
-        data, jepa = self._config.data, self._config.objective.jepa
-        fits, costs = self.fits_N, self.costs
-        longest = int(costs.longest_N[fits].max(initial=0))
-        branch = jepa.num_predictors if data.layout == "shared" and jepa.weight else 0
-        shape = RowShape(data.row_length, data.target_slots, data.pair_slots, longest, branch)
-        if not fits.any():
-            return shape
-        share = np.full(int(fits.sum()), (1.0 - jepa.dropout) if jepa.weight else 0.0)
-        expected = costs.conversation_N[fits] + costs.views_N[fits] * share
-        return slot_sizes(expected, costs.targets_N[fits], share, self._weights_N[fits], shape, self._packed)
-
-    def largest(self) -> int:
-        """Tokens of the largest record, its views included."""
-        return int(self.costs.tokens(np.ones(len(self.fits_N), np.bool_)).max())
-
-    def tokens_per_record(self) -> tuple[float, float]:
-        """Mean tokens of a conversation and of its views, over the records that fit."""
-        return float(self.costs.conversation_N[self.fits_N].mean()), float(self.costs.views_N[self.fits_N].mean())
-
-    def plan(self, epoch: int) -> Plan:
-        """The rows of one epoch."""
-        with self._lock:
-            if epoch not in self._plans:
-                while len(self._plans) >= KEPT_PLANS:
-                    del self._plans[min(self._plans)]
-                self._plans[epoch] = self._make(epoch)
-            return self._plans[epoch]
-
-    def _make(self, epoch: int) -> Plan:
-        order = np.repeat(np.arange(len(self._weights_N)), copies(self._config, epoch, self._weights_N))
-        rng = np.random.default_rng([self._config.seed, epoch])
-        if self._config.data.shuffle:
-            rng.shuffle(order)
-        pairs = self.pairs(epoch, np.arange(len(self._weights_N)))
-        plan = plan_rows(order, self.costs.tokens(pairs), self.costs.targets_N, pairs, self.shape, self._packed)
-        return shuffled(plan, rng) if self._config.data.shuffle else plan
-
-    def pairs(self, epoch: int, examples: np.ndarray) -> np.ndarray:
-        """Which of these examples have their pair in this epoch."""
-        return has_pair(self._config, epoch, examples)
-
-    def start(self, epoch: int) -> int:
-        """Place of an epoch's first row in the stream."""
-        with self._lock:  # two readers at once would both add the same epoch
-            while len(self._starts) <= epoch:
-                self._starts.append(self._starts[-1] + len(self.plan(len(self._starts) - 1)))
-            return self._starts[epoch]
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """Epoch of a row of the stream, and its place in that epoch's plan."""
-        epoch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        while row >= self.start(epoch + 1):
-            epoch += 1
-        return epoch, row - self.start(epoch)
-
-
-class PackedRows:
-    """Rows of the stream by index: the source Grain reads. `num_rows` bounds it; rows past `end` are padding."""
-
-    def __init__(self, epochs: Epochs, builder: RowBuilder, num_rows: int, end: int, interleave: tuple[int, int]):
-        self._epochs, self._builder, self._num_rows, self._end = epochs, builder, num_rows, end
-        self._rows_per_step, self._processes = interleave
+    def __init__(self, epochs: Epochs, builder: RowBuilder, num_steps: int, process: int, processes: int):
+        self._epochs, self._builder, self._num_steps = epochs, builder, num_steps
+        self._process, self._processes = process, processes
 
     def __len__(self) -> int:
-        return self._num_rows
+        return self._num_steps
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        # Grain gives process p of n the rows p, p + n, … of a step. Reordering them here lets process p hold the p-th
-        # block, so that a step's global batch is the same array on any number of processes.
-        step, place = divmod(int(index), self._rows_per_step)
-        block = self._rows_per_step // self._processes
-        row = step * self._rows_per_step + (place % self._processes) * block + place // self._processes
-        if row >= self._end:
-            return self._builder(np.zeros(0, np.int64), np.zeros(0, np.bool_))
-        epoch, number = self._epochs.locate(row)
-        examples = self._epochs.plan(epoch)[number]
-        return self._builder(examples, self._epochs.pairs(epoch, examples))
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """Arrays [rows / processes, …] as in `Batch`, and the step's `kind`: its place in `TrainData.kinds`."""
+        kind, plan = self._epochs.step(int(step))
+        shape = self._epochs.kinds.steps[kind]
+        block = shape.rows // self._processes
+        part = plan.rows(self._process * block, (self._process + 1) * block)
+        return self._builder(part, block, shape.row) | {"kind": np.asarray(kind, np.int32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,52 +70,60 @@ class TrainData:
     epochs: Epochs
     builder: RowBuilder
     num_steps: int
-    end: int
-    """Rows of the stream that hold examples."""
     dropped: Dropped
+    fits_N: np.ndarray
 
     @property
-    def shape(self) -> RowShape:
-        return self.epochs.shape
+    def kinds(self) -> tuple[StepShape, ...]:
+        """The sizes of every kind of steps: one compiled function each."""
+        return self.epochs.kinds.steps
 
-    def rows(self, processes: int = 1) -> PackedRows:
-        """The stream as a random-access source, ordered for this many processes."""
-        rows_per_step = self.config.data.rows_per_step
-        num_rows = self.num_steps * rows_per_step
-        return PackedRows(self.epochs, self.builder, num_rows, self.end, (rows_per_step, processes))
+    def steps(self, process: int = 0, processes: int = 1) -> Steps:
+        """The stream as a random-access source of this process's part of each step."""
+        return Steps(self.epochs, self.builder, self.num_steps, process, processes)
 
     def iterator(self, step: int, process: int = 0, processes: int = 1) -> Any:
-        """This process's part of every step's rows from `step` on: dictionaries of [rows / processes, …] arrays."""
+        """This process's part of every step from `step` on, as `Steps` gives it, built ahead."""
         data = self.config.data
-        workers = grain.multiprocessing.MultiprocessingOptions(num_workers=data.workers) if data.workers else None
-        iterator = iter(
-            ElasticIterator(
-                grain.MapDataset.source(self.rows(processes)),
-                data.rows_per_step,
-                grain.sharding.ShardOptions(shard_index=process, shard_count=processes),
-                read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * data.rows_per_step),
-                multiprocessing_options=workers,
+        steps = grain.MapDataset.source(self.steps(process, processes))[step:]
+        dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))
+        if data.workers:
+            dataset = dataset.mp_prefetch(
+                grain.multiprocessing.MultiprocessingOptions(
+                    num_workers=data.workers, per_worker_buffer_size=data.prefetch
+                )
             )
-        )
-        iterator.set_state({"global_next_index": step * data.rows_per_step})
-        return iterator
+        return iter(dataset)
 
-    def summary(self) -> dict[str, float]:
-        """Sizes and fill of the first epoch."""
-        plan = self.epochs.plan(0)
-        conversation, views = self.epochs.tokens_per_record()
-        in_branches = int(self.epochs.pairs(0, plan.examples).sum()) * self.shape.branch
+    def summary(self) -> dict[str, Any]:
+        """Sizes and fill of the first epoch, all kinds together and each by itself."""
+        costs, plans = self.epochs.costs, self.epochs.get(0).plans  # nothing is left from before it
+        branch = max(kind.row.branch for kind in self.kinds)
+        examples, rows = sum(len(plan.examples) for plan in plans), sum(map(len, plans))
+        tokens = sum(map(self.epochs.tokens, plans))
+        places = sum(len(plan) * kind.row.width for plan, kind in zip(plans, self.kinds, strict=True))
         return {
-            "examples": len(plan.examples),
+            "examples": examples,
             "dropped": self.dropped.count,
-            "rows_per_epoch": len(plan),
-            "examples_per_row": len(plan.examples) / len(plan),
-            "fill": (plan.tokens + in_branches) / (len(plan) * self.shape.width),
-            "conversation_tokens": conversation,
-            "view_tokens": views + self.shape.branch,
-            "target_slots": self.shape.target_slots,
-            "pair_slots": self.shape.pair_slots,
+            "rows_per_epoch": rows,
+            "examples_per_row": examples / rows,
+            "fill": tokens / places,
+            "conversation_tokens": float(costs.conversation_N[self.fits_N].mean()),
+            "view_tokens": float(costs.views_N[self.fits_N].mean()) + branch,
             "num_steps": self.num_steps,
+            "kinds": [self._kind_summary(plan, kind) for plan, kind in zip(plans, self.kinds, strict=True)],
+        }
+
+    def _kind_summary(self, plan: Plan, kind: StepShape) -> dict[str, float]:
+        return {
+            "rows_per_step": kind.rows,
+            "row_length": kind.row.length,
+            "longest_segment": kind.row.longest_segment,
+            "target_slots": kind.row.target_slots,
+            "pair_slots": kind.row.pair_slots,
+            "examples": len(plan.examples),
+            "rows_per_epoch": len(plan),
+            "fill": self.epochs.tokens(plan) / max(1, len(plan) * kind.row.width),
         }
 
 
@@ -204,23 +134,27 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
         UserError: a record is wrong, too many do not fit, none is left, or a size of the configuration is too small.
     """
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
-    jepa = config.objective.jepa
+    jepa, train = config.objective.jepa, config.train
     corpus = tokenize_source(source, tokenizer, jepa.view_end, cache_dir)
-    epochs = Epochs(config, corpus, weights_N)
-    dropped = _drop(config, source, epochs)
-    _check_sizes(config, source, epochs)
-    predictors = tokenizer.predictor_ids[: jepa.num_predictors]
+    costs = example_costs(corpus, config)
+    with_pair_N = costs.tokens(np.ones(len(corpus), np.bool_))
+    fits_N = with_pair_N <= config.data.row_length
+    dropped = _drop(config, source, fits_N, int(with_pair_N.max()))
+    _check_sizes(config, source, costs, fits_N, int(with_pair_N.max()))
     if config.data.layout == "shared" and jepa.weight:
         _check_views_inside(source, corpus)
-    builder = RowBuilder(corpus, epochs.shape, config.objective.ntp.targets, predictors, config.data.layout == "shared")
-    rows_per_step = config.data.rows_per_step
-    if config.train.num_steps:
-        num_steps = config.train.num_steps
-        end = num_steps * rows_per_step
-    else:
-        end = epochs.start(config.train.num_epochs)
-        num_steps = -(-end // rows_per_step)
-    return TrainData(config, epochs, builder, num_steps, end, dropped)
+    weights_N = np.where(fits_N, weights_N, 0.0)
+    epochs = Epochs(config, costs, weights_N, make_kinds(config, costs, weights_N))
+    if not copies(config, 0, weights_N).any():
+        raise UserError(
+            f"config: the weights of `data.train`={config.data.train} leave no example in the first epoch; "
+            "a weight is copies of each record an epoch: raise it"
+        )
+    builder = RowBuilder(corpus, config, tokenizer.predictor_ids[: jepa.num_predictors])
+    num_steps = train.num_steps
+    if not num_steps:
+        num_steps = epochs.end(train.num_epochs - 1) + len(epochs.remains(train.num_epochs - 1))
+    return TrainData(config, epochs, builder, num_steps, dropped, fits_N)
 
 
 def _check_views_inside(source: Source, corpus: TokenizedCorpus) -> None:
@@ -233,36 +167,30 @@ def _check_views_inside(source: Source, corpus: TokenizedCorpus) -> None:
         )
 
 
-def _check_sizes(config: Config, source: Source, epochs: Epochs) -> None:
+def _check_sizes(config: Config, source: Source, costs: Costs, fits_N: np.ndarray, longest: int) -> None:
     """Refuses sizes that no record, or not the largest one, could be trained with."""
-    shape, fits_N = epochs.shape, epochs.fits_N
     if not fits_N.any():
         raise UserError(
-            f"config: `data.row_length`={shape.length} fits none of the {len(fits_N)} records; the longest takes "
-            f"{epochs.largest()} tokens"
+            f"config: `data.row_length`={config.data.row_length} fits none of the {len(fits_N)} records; the longest "
+            f"takes {longest} tokens"
         )
     for key, size, sizes_N, what in (
-        ("data.target_slots", shape.target_slots, epochs.costs.targets_N, "next-token targets"),
-        ("model.max_positions", config.model.max_positions, epochs.costs.longest_N, "tokens in one segment"),
+        ("data.target_slots", config.data.target_slots, costs.targets_N, "next-token targets"),
+        ("model.max_positions", config.model.max_positions, costs.longest_N, "tokens in one segment"),
     ):
         largest = int(np.argmax(np.where(fits_N, sizes_N, 0)))
-        if sizes_N[largest] > size:
+        if size and sizes_N[largest] > size:
             raise UserError(
                 f"config: `{key}`={size} is below the {sizes_N[largest]} {what} of {source.location(largest)}; "
                 "raise it to that, or lower `data.row_length` to drop such records"
             )
-    if not len(epochs.plan(0)):
-        raise UserError(
-            f"config: the weights of `data.train`={config.data.train} leave no example in the first epoch; "
-            "a weight is copies of each record an epoch: raise it"
-        )
 
 
-def _drop(config: Config, source: Source, epochs: Epochs) -> Dropped:
+def _drop(config: Config, source: Source, fits_N: np.ndarray, longest: int) -> Dropped:
     """Counts and reports the records that do not fit; refuses to go on past the configured share."""
-    too_long = np.flatnonzero(~epochs.fits_N)
+    too_long = np.flatnonzero(~fits_N)
     first = tuple(source.location(int(i)) for i in too_long[:DROPPED_SHOWN])
-    dropped = Dropped(len(too_long), len(epochs.fits_N), first)
+    dropped = Dropped(len(too_long), len(fits_N), first)
     if not dropped.count:
         return dropped
     length = config.data.row_length
@@ -272,7 +200,7 @@ def _drop(config: Config, source: Source, epochs: Epochs) -> Dropped:
     if share > config.data.max_dropped_share:
         raise UserError(
             f"{words}; that is {share:.1%}, above data.max_dropped_share={config.data.max_dropped_share:.1%}; "
-            f"set data.row_length={-(-epochs.largest() // 64) * 64} to fit all"
+            f"set data.row_length={-(-longest // 64) * 64} to fit all"
         )
     LOG.warning("%s; they are left out", words)
     return dropped

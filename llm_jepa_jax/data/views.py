@@ -54,21 +54,30 @@ class Costs:
     """Tokens of the row that a pair adds; branches have places of their own."""
     targets_N: np.ndarray
     longest_N: np.ndarray
-    """Tokens of the longest segment of each."""
+    """Tokens of the longest segment of each, with its pair."""
 
     def tokens(self, pair_N: np.ndarray) -> np.ndarray:
         """int64 [N] tokens of each example, given which have their pair."""
         return self.conversation_N + self.views_N * pair_N
 
 
+def branch_size(config: Config) -> int:
+    """Predictor tokens of a pair that lie on a branch behind the row; 0 where they lie in the row, with their view."""
+    jepa = config.objective.jepa
+    on_branch = config.data.layout == "shared" and jepa.source == "text" and jepa.weight
+    return jepa.num_predictors if on_branch else 0
+
+
 def example_costs(corpus: TokenizedCorpus, config: Config) -> Costs:
     """Exact costs of every record under the layout and the objective."""
     jepa = config.objective.jepa
-    text_N, code_N = corpus.lengths("text_view") + jepa.num_predictors, corpus.lengths("code_view")
+    lengths = {view: corpus.lengths(f"{view}_view") for view in ("text", "code")}
+    lengths[jepa.source] = lengths[jepa.source] + jepa.num_predictors
     if not jepa.weight:
-        code_N = np.zeros_like(code_N)
-    if not jepa.weight or config.data.layout == "shared":
-        text_N = np.zeros_like(text_N)
+        lengths = {view: np.zeros_like(length_N) for view, length_N in lengths.items()}
+    if config.data.layout == "shared":
+        lengths["text"] = np.zeros_like(lengths["text"])
     conversation_N = corpus.lengths("conversation")
-    longest_N = np.maximum(conversation_N, np.maximum(text_N, code_N))
-    return Costs(conversation_N, text_N + code_N, corpus.num_targets(config.objective.ntp.targets), longest_N)
+    longest_N = np.maximum(conversation_N, np.maximum(lengths["text"], lengths["code"]))
+    targets_N = corpus.num_targets(config.objective.ntp.targets)
+    return Costs(conversation_N, lengths["text"] + lengths["code"], targets_N, longest_N)

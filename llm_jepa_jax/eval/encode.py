@@ -10,15 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jepa_jax.config import ModelConfig
+from llm_jepa_jax.config import JepaConfig, ModelConfig
 from llm_jepa_jax.models.transformer import forward
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
+from llm_jepa_jax.text.chat import VIEW_ROLES, render_view, with_predictors
+from llm_jepa_jax.text.tokenizer import Tokenizer
 
 BATCH_SIZE = 64
 LENGTH_MULTIPLE = 32
 
 
-def pad_right(sequences: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+def view_ids(
+    tokenizer: Tokenizer, config: JepaConfig, view: str, contents: Sequence[str], num_predictors: int | None = None
+) -> list[np.ndarray]:
+    """Token ids of views (`text` or `code`) as rows hold them, predictor tokens included.
+
+    `num_predictors` defaults to what the view has in training: k for the one that predicts, none for the other.
+    """
+    count = (config.num_predictors if view == config.source else 0) if num_predictors is None else num_predictors
+    ids = tokenizer.predictor_ids[:count]
+    views = (render_view(tokenizer, VIEW_ROLES[view], content, config.view_end) for content in contents)
+    return [with_predictors(tokens, ids, config.placement) for tokens in views]
+
+
+def pad_right(sequences: Sequence[Sequence[int] | np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [rows, L], padded on the right with 0 to a shared bucketed length, and each sequence's length."""
     longest = max(len(sequence) for sequence in sequences)
     tokens_RxL = np.zeros((rows, -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE), np.int32)
@@ -47,7 +62,9 @@ def _last_states(
     return jnp.take_along_axis(hidden_RxLxD, lengths_R[:, None, None] - 1, axis=1)[:, 0].astype(jnp.float32)
 
 
-def encode(params: Any, config: ModelConfig, sequences: Sequence[Sequence[int]], mesh: Mesh, dtype: Any) -> np.ndarray:
+def encode(
+    params: Any, config: ModelConfig, sequences: Sequence[Sequence[int] | np.ndarray], mesh: Mesh, dtype: Any
+) -> np.ndarray:
     """Hidden state at each sequence's last token, float32 [n, D], in the order given."""
     out_NxD = np.zeros((len(sequences), config.embed_dim), np.float32)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))

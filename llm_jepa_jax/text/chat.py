@@ -12,6 +12,9 @@ ROLES = ("system", "user", "assistant")
 BOS_ROLE = 0
 ROLE_CODES = {role: code for code, role in enumerate(ROLES, start=1)}
 """Codes of `Rendered.roles`; 0 is the beginning of the sequence."""
+VIEW_HEADER = 2
+"""Tokens of a view before its content: the beginning of the sequence and the role."""
+VIEW_ROLES = {"text": "user", "code": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +61,9 @@ def render_view(tokenizer: Tokenizer, role: str, content: str, view_end: str) ->
     """One view as a sequence of its own: `<bos><role> content`, with the end-of-turn token if `view_end` is `turn`."""
     end = [tokenizer.end_of_turn_id] if view_end == "turn" else []
     return [tokenizer.bos_id, tokenizer.role_ids[role], *tokenizer.encode(content), *end]
+
+
+def with_predictors(view: Sequence[int] | np.ndarray, predictor_ids: Sequence[int], placement: str) -> np.ndarray:
+    """A view's tokens and its predictor tokens, in order: behind it (`append`) or before its content (`prepend`)."""
+    header = len(view) if placement == "append" else VIEW_HEADER
+    return np.concatenate([view[:header], predictor_ids, view[header:]]).astype(np.int32)

@@ -13,13 +13,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llm_jepa_jax.batch import abstract_batch
+from llm_jepa_jax.batch import Batch, StepShape, abstract_batch
 from llm_jepa_jax.checkpoint.manager import Checkpoints
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.pipeline import TrainData
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.models.transformer import model_flops
+from llm_jepa_jax.flops import model_flops
 from llm_jepa_jax.objectives.diagnostics import collapse_metrics
+from llm_jepa_jax.objectives.total import enabled
 from llm_jepa_jax.parallel.sharding import global_batch, rows_sharding
 from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, last_values, valid_pairs
 from llm_jepa_jax.train.phases import Phases
@@ -53,7 +54,8 @@ class Recorder:
         self._writer = MetricsWriter(workdir, step, config.log.tensorboard) if jax.process_index() == 0 else None
         self.last, self.scores = last_values(workdir, step)
         """The last training line, and the scores of the last step."""
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, int, Any] | None = None
+        self._terms = [objective.name for objective in enabled(config.objective)]
         self._peak = device_peak_flops(mesh.devices.flat[0].device_kind)
         self._num_devices = mesh.size
         self.restart_clock()
@@ -65,10 +67,10 @@ class Recorder:
         self._waited += time.monotonic() - start
         return fetched
 
-    def push(self, step: int, metrics: Any) -> None:
+    def push(self, step: int, row_length: int, metrics: Any) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the step before."""
         self.flush()
-        self._pending = (step, metrics)
+        self._pending = (step, row_length, metrics)
         self.scores = {}
 
     def flush(self) -> None:
@@ -79,12 +81,13 @@ class Recorder:
         """
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, row_length, metrics), self._pending = self._pending, None
         host = jax.device_get({"sums": metrics["sums"], "last": metrics["last"]})
         self.window.add(host["sums"])
-        self._tokens += float(host["sums"]["tokens"])
+        tokens, targets = float(host["sums"]["tokens"]), float(host["sums"]["target_tokens"])
+        self._tokens += tokens
         self._examples += float(host["sums"]["examples"])
-        self._targets += float(host["sums"]["target_tokens"])
+        self._flops += model_flops(self._config.model, tokens, targets, row_length)
         if host["last"]["skipped_in_row"] == 1:
             LOG.warning("step %d: loss or gradient is not finite; this update is skipped", step)
         if step % self._config.log.every_steps == 0:
@@ -97,14 +100,13 @@ class Recorder:
     def _line(self, step: int, last: dict[str, Any], embeddings: Any) -> None:
         values = self.window.means() | {name: float(last[name]) for name in sorted(last) if name != "skipped_in_row"}
         values |= collapse_metrics(*valid_pairs(jax.device_get(embeddings)))
-        for term in self.window.idle_terms():
+        for term in self.window.idle_terms(self._terms):
             LOG.warning("step %d: the %s term had no weight since the last metrics line", step, term)
         seconds = max(time.monotonic() - self._clock, 1e-9)
         values["tokens_per_s"], values["examples_per_s"] = self._tokens / seconds, self._examples / seconds
         values["data_wait_share"] = min(1.0, self._waited / seconds)
         if self._peak:
-            flops = model_flops(self._config.model, self._tokens, self._targets, self._config.data.row_length)
-            values["mfu"] = flops / seconds / (self._peak * self._num_devices)
+            values["mfu"] = self._flops / seconds / (self._peak * self._num_devices)
         self.restart_clock()
         self.window.sums.clear()
         self.last = values
@@ -126,7 +128,7 @@ class Recorder:
     def restart_clock(self) -> None:
         """Leaves time spent outside training (evaluation, saving) out of the speeds."""
         self._clock, self._waited = time.monotonic(), 0.0
-        self._tokens = self._examples = self._targets = 0.0
+        self._tokens = self._examples = self._flops = 0.0
 
 
 def train(
@@ -148,7 +150,7 @@ def train(
     batches = data.iterator(step, jax.process_index(), jax.process_count())
     save = Saver(checkpoints, recorder, config)
     with phases.phase("compile the step"):
-        train_step = _compiled_step(factory, data)
+        train_steps = [_compiled_step(factory, data.num_steps, kind) for kind in data.kinds]
 
     # --- loop
     try:
@@ -163,11 +165,11 @@ def train(
             recorder.restart_clock()
             while step < data.num_steps and not stop.requested:
                 profile(step + 1)
-                batch = recorder.timed(lambda: global_batch(mesh, next(batches)))
+                kind, batch = recorder.timed(lambda: _next_batch(mesh, batches))
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = train_step(state, batch)
+                    state, metrics = train_steps[kind](state, batch)
                 step += 1
-                recorder.push(step, metrics)
+                recorder.push(step, data.kinds[kind].row.length, metrics)
                 bar.update(step, loss_text(recorder.last))
                 if step < data.num_steps and _due(step, config.eval.every_steps, config.checkpoint.every_steps):
                     recorder.flush()
@@ -190,15 +192,23 @@ def train(
     return Result(state, step, recorder.last | recorder.scores, not done)
 
 
-def _compiled_step(factory: StateFactory, data: TrainData) -> Any:
-    mesh = factory.mesh
+def _compiled_step(factory: StateFactory, num_steps: int, kind: StepShape) -> Any:
+    mesh, start = factory.mesh, time.monotonic()
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows_sharding(mesh)),
-        abstract_batch(factory.config.data.rows_per_step, data.shape),
+        abstract_batch(kind.rows, kind.row),
     )
     with jax.set_mesh(mesh):
-        step = make_train_step(factory, data.num_steps, data.shape.longest_segment)
-        return step.lower(factory.abstract, batch).compile()
+        step = make_train_step(factory, num_steps, kind.row.longest_segment)
+        compiled = step.lower(factory.abstract, batch).compile()
+    LOG.info("compiled: %s (%.1f s)", kind, time.monotonic() - start)
+    return compiled
+
+
+def _next_batch(mesh: Mesh, batches: Iterator[dict[str, Any]]) -> tuple[int, Batch]:
+    """The next step's kind and global batch."""
+    values = next(batches)
+    return int(values["kind"]), global_batch(mesh, values)
 
 
 class Saver:

@@ -4,6 +4,7 @@
 import json
 import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,9 @@ class Window:
         out["padding_share"] = 1.0 - sums["tokens"] / sums["slots"]
         return out
 
-    def idle_terms(self) -> list[str]:
-        """Enabled terms that had no weight in the window."""
-        return [
-            name.removesuffix("_weight") for name, value in self.sums.items() if name.endswith("_weight") and not value
-        ]
+    def idle_terms(self, enabled: Iterable[str]) -> list[str]:
+        """Enabled terms that had no weight in the window; steps without pairs do not even name them."""
+        return [name for name in enabled if not self.sums.get(f"{name}_weight")]
 
 
 class MetricsWriter:
@@ -123,7 +122,7 @@ def _rounded(value: float) -> float | int | str:
 
 
 def valid_pairs(embeddings: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Text and code embeddings [n, D] of the slots in use, from [R, s, D] arrays with weights [R, s]."""
+    """Text and code embeddings [n, D] of the slots in use, from [R, s, D] arrays with weights [R, s]; n may be 0."""
     text, code, weight = (np.asarray(x) for x in embeddings)
     used = weight > 0
     return text[used], code[used]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one jitted step: both losses, accumulation over micro-batches, one update."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,11 @@ def loss_and_aux(
     inputs = Inputs(hidden_RxLxD, head_DxV, batch, config.objective, config.model.logit_soft_cap)
     total, sums = total_loss(inputs, weights)
     text_RxPxD, code_RxPxD = jax.lax.stop_gradient(pair_embeddings(hidden_RxLxD, batch))
+    if config.objective.jepa.source == "code":
+        text_RxPxD, code_RxPxD = code_RxPxD, text_RxPxD
     cos_sum = jnp.sum(cosine(text_RxPxD, code_RxPxD) * batch.pair_weight)
-    slots = min(batch.pair_weight.shape[1], -(-DIAGNOSTIC_PAIRS // config.data.rows_per_step))
+    rows = batch.pair_weight.shape[0] * config.train.micro_batches
+    slots = min(batch.pair_weight.shape[1], -(-DIAGNOSTIC_PAIRS // rows))
     pairs = (text_RxPxD[:, :slots], code_RxPxD[:, :slots], batch.pair_weight[:, :slots])
     return total, {"sums": sums, "cos_sum": cos_sum, "pairs": pairs}
 
@@ -52,7 +56,7 @@ def _split(batch: Batch, parts: int) -> Batch:
     spec = PartitionSpec(None, ACTIVATION_RULES["rows"])
 
     def split(array: jax.Array) -> jax.Array:
-        array = array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1)
+        array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1)
         return array if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(array, spec)
 
     return jax.tree.map(split, batch)
@@ -90,7 +94,7 @@ def gradients(
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux_shape),
     )
     (total, grads, aux), pairs = jax.lax.scan(add, zeros, split)
-    pairs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), pairs)
+    pairs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(parts * x.shape[1], *x.shape[2:]), pairs)
     return total, grads, aux | {"pairs": pairs}, weights
 
 
@@ -101,7 +105,7 @@ def _wide(gradient: jax.Array) -> jax.Array:
 def _metrics(batch: Batch, aux: dict[str, Any], weights: dict[str, jax.Array]) -> dict[str, Any]:
     """Sums that the loop adds over a window of steps before dividing."""
     pairs = jnp.sum(batch.pair_weight)
-    branch = (batch.tokens.shape[1] - batch.segments.shape[1]) // batch.pair_weight.shape[1]
+    branch = (batch.tokens.shape[1] - batch.segments.shape[1]) // max(1, batch.pair_weight.shape[1])
     tokens = jnp.sum(batch.segments > 0, dtype=jnp.float32) + branch * pairs
     sums = {
         "target_tokens": jnp.sum(batch.target_weight),
@@ -116,11 +120,20 @@ def _metrics(batch: Batch, aux: dict[str, Any], weights: dict[str, jax.Array]) -
     return {"sums": sums, "embeddings": aux["pairs"]}
 
 
+def without_pairs(config: Config) -> Config:
+    """The configuration of a step whose rows have no pair slots: every term that compares views is off."""
+    objective = config.objective
+    off = {"jepa": dataclasses.replace(objective.jepa, weight=0.0)}
+    off["vicreg"] = dataclasses.replace(objective.vicreg, weight=0.0)
+    return dataclasses.replace(config, objective=dataclasses.replace(objective, **off))
+
+
 def make_train_step(
     factory: StateFactory, num_steps: int, longest_segment: int = 0
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Any]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state passed in is donated.
 
+    Compiled for a batch without pair slots, it is next-token training and costs no more.
     A non-finite loss or gradient norm leaves parameters and optimizer untouched and is counted.
     """
     config, optimizer, mesh = factory.config, factory.optimizer, factory.mesh
@@ -128,7 +141,8 @@ def make_train_step(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-        total, grads, aux, weights = gradients(state.params, batch, config, longest_segment)
+        run = config if batch.pair_weight.shape[1] else without_pairs(config)
+        total, grads, aux, weights = gradients(state.params, batch, run, longest_segment)
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings.params)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)

@@ -56,7 +56,7 @@ class Case:
     state: Any
     batches: Any
     mesh: Any
-    summary: dict[str, float]
+    summary: dict[str, Any]
     seconds: list[float] = dataclasses.field(default_factory=list)
     examples: list[int] = dataclasses.field(default_factory=list)
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -85,7 +85,7 @@ def make_case(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argpar
     layout, objective = CASES[name]
     row_length = 128 if layout == "padded" else args.row_length
     objective = {**objective, "ntp": {"targets": "all"}}
-    data = {"layout": layout, "row_length": row_length, "rows_per_step": args.tokens // row_length}
+    data = {"layout": layout, "row_length": row_length, "rows_per_step": args.tokens // row_length, "row_buckets": 1}
     config = freeze(
         {
             "model": MODEL,
@@ -103,7 +103,7 @@ def make_case(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argpar
     train_data = make_train_data(config, tokenizer, source, np.ones(len(source)))
     factory = state_factory(config, mesh, args.steps + 1)
     with jax.set_mesh(mesh):
-        step = make_train_step(factory, args.steps + 1, train_data.shape.longest_segment)
+        step = make_train_step(factory, args.steps + 1, train_data.kinds[0].row.longest_segment)
     return Case(name, step, factory.create(), train_data.iterator(0), mesh, train_data.summary())
 
 
@@ -136,7 +136,7 @@ def main() -> None:
             "tokens_per_s": round(1 / result["seconds_per_token"]),
             "fill": round(case.summary["fill"], 4),
             "examples_per_row": round(case.summary["examples_per_row"], 2),
-            "pair_slots": case.summary["pair_slots"],
+            "pair_slots": case.summary["kinds"][0]["pair_slots"],
         }
         print(json.dumps(line), flush=True)
 

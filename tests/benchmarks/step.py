@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from llm_jepa_jax.batch import FIELDS, RowShape, empty_row
+from llm_jepa_jax.batch import RowShape, empty_rows
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import global_batch
@@ -26,11 +26,10 @@ REPEATS = 5
 def rows_of(shape: RowShape, num_rows: int, segment: int, vocabulary: int) -> dict[str, np.ndarray]:
     """Rows of equal segments, a quarter of the tokens targets, every slot used."""
     rng = np.random.default_rng(0)
-    row = empty_row(shape)
-    row["segments"][:] = np.arange(shape.length) // segment + 1
-    row["positions"][:] = np.arange(shape.length) % segment
-    row["target_weight"][:], row["pair_weight"][:] = 1.0, 1.0
-    out = {name: np.stack([row[name]] * num_rows) for name in FIELDS}
+    out = empty_rows(num_rows, shape)
+    out["segments"][:] = np.arange(shape.length) // segment + 1
+    out["positions"][:] = np.arange(shape.length) % segment
+    out["target_weight"][:], out["pair_weight"][:] = 1.0, 1.0
     out["tokens"] = rng.integers(0, vocabulary, out["tokens"].shape, np.int32)
     out["target_index"] = rng.integers(0, shape.length, out["target_index"].shape, np.int32)
     out["predictor_index"] = rng.integers(0, shape.length, out["predictor_index"].shape, np.int32)
