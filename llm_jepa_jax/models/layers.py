@@ -8,8 +8,8 @@ import jax
 from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
+from llm_jepa_jax.models.attention.dense import attend_masked
 from llm_jepa_jax.models.attention.dispatch import attend_rows
-from llm_jepa_jax.models.attention.xla import attend_masked
 from llm_jepa_jax.models.ops import apply_rotary, linear, rms_norm, swiglu
 from llm_jepa_jax.parallel.sharding import constrain
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.models.attention import splash, triton, xla
+from llm_jepa_jax.models.attention import dense, splash, triton, xla
 from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES
 from llm_jepa_jax.resolve import attention_refusal
 
@@ -40,7 +40,7 @@ def attend_rows(
     if not size:
         return trunk
     allowed = _branch_mask(segments_RxL, branch_end_RxP, size, window)
-    branches = xla.attend_masked(query_RxTxHxh[:, length:], key_RxTxKxh, value_RxTxKxh, allowed, soft_cap)
+    branches = dense.attend_masked(query_RxTxHxh[:, length:], key_RxTxKxh, value_RxTxKxh, allowed, soft_cap)
     return jnp.concatenate([trunk, branches], axis=1)
 
 
