@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention forward and backward by the ways of the `xla` back end: python tests/benchmarks/attention.py
+"""Attention forward and backward, `xla` against what it replaces: python tests/benchmarks/attention.py
 
 Prints one JSON line a case. In each group (row length, longest segment) the cases take turns, a step each, so that
 what else the machine does falls on all of them; times are medians, ratios are against the dense L² reference.
@@ -20,19 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jepa_jax.models.attention import xla
+from llm_jepa_jax.models.attention.dense import attend_masked
 
-GROUPS = ((512, 64), (512, 200), (2048, 64), (2048, 256), (2048, 1024), (4096, 512), (4096, 2048))
+GROUPS = ((512, 60), (512, 200), (2048, 60), (2048, 512), (4096, 2048))
 """Row length and longest segment."""
 TOKENS, HEADS, KV_HEADS, WIDTH = 4096, 4, 2, 64
-
-
-def dense(
-    query_RxLxHxh: jax.Array, key_RxLxKxh: jax.Array, value_RxLxKxh: jax.Array, segments_RxL: jax.Array
-) -> jax.Array:
-    """All scores at once."""
-    length = segments_RxL.shape[1]
-    allowed = jnp.tril(jnp.ones((length, length), bool)) & (segments_RxL[:, :, None] == segments_RxL[:, None, :])
-    return xla.attend_masked(query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, allowed)
 
 
 def packed_segments(num_rows: int, length: int, longest: int) -> np.ndarray:
@@ -45,15 +37,38 @@ def packed_segments(num_rows: int, length: int, longest: int) -> np.ndarray:
     return np.stack(rows).astype(np.int32)
 
 
-def cases(length: int, longest: int) -> dict[str, Callable[..., jax.Array]]:
-    """The ways to attend, and the one that the back end takes by itself."""
-    return {
-        "dense": dense,
-        "in turns": functools.partial(xla.attend_in_turns, reach=length),
-        "in turns within reach": functools.partial(xla.attend_in_turns, reach=longest),
-        "locally": functools.partial(xla.attend_locally, reach=longest),
-        "chosen": functools.partial(xla.attend, longest_segment=longest),
-    }
+def in_turns(
+    query_RxLxHxh: jax.Array, key_RxLxKxh: jax.Array, value_RxLxKxh: jax.Array, segments_RxL: jax.Array
+) -> jax.Array:
+    """Blocks of 256 queries against every key before their end, scores computed again in the backward pass."""
+    outputs = []
+    for start in range(0, segments_RxL.shape[1], 256):
+        arrays = (array[:, : start + 256] for array in (key_RxLxKxh, value_RxLxKxh, segments_RxL))
+        outputs.append(jax.checkpoint(last_queries)(query_RxLxHxh[:, start : start + 256], *arrays))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def last_queries(
+    query_RxQxHxh: jax.Array, key_RxSxKxh: jax.Array, value_RxSxKxh: jax.Array, segments_RxS: jax.Array
+) -> jax.Array:
+    """The last Q places of S attend to those before them."""
+    start = segments_RxS.shape[1] - query_RxQxHxh.shape[1]
+    causal_QxS = start + jnp.arange(query_RxQxHxh.shape[1])[:, None] >= jnp.arange(segments_RxS.shape[1])
+    allowed_RxQxS = causal_QxS & (segments_RxS[:, start:, None] == segments_RxS[:, None, :])
+    return attend_masked(query_RxQxHxh, key_RxSxKxh, value_RxSxKxh, allowed_RxQxS)
+
+
+def one_segment(*arrays: jax.Array) -> jax.Array:
+    """The back end where nothing can be skipped but what lies ahead."""
+    return xla.attend(*arrays[:3], jnp.ones_like(arrays[3]))
+
+
+CASES: dict[str, Callable[..., jax.Array]] = {
+    "dense": last_queries,
+    "in turns": in_turns,
+    "blocks": xla.attend,
+    "blocks, one segment": one_segment,
+}
 
 
 def measure(length: int, longest: int, steps: int) -> None:
@@ -66,7 +81,7 @@ def measure(length: int, longest: int, steps: int) -> None:
     )
     segments = jnp.asarray(packed_segments(rows, length, longest))
     compiled, seconds = {}, {}
-    for name, attend in cases(length, longest).items():
+    for name, attend in (CASES | {"blocks, promise": functools.partial(xla.attend, longest_segment=longest)}).items():
 
         def loss(query: jax.Array, key: jax.Array, value: jax.Array, attend: Callable = attend) -> jax.Array:
             return (attend(query, key, value, segments) * weight).sum()
