@@ -211,6 +211,12 @@ class TrainConfig:
         "what the backward pass recomputes: `none`, `dots` (keeps matmul outputs), `full` (keeps block inputs)",
         choices=("none", "dots", "full"),
     )
+    attention: str = key(
+        "auto",
+        "what computes attention in training steps: `xla` runs everywhere, `splash` on TPUs, `triton` on GPUs; `auto` "
+        "takes the kernel of the mesh's devices where it can do the shapes, else `xla`",
+        choices=("auto", "xla", "splash", "triton"),
+    )
     dtype: str = key("float32", "compute type", choices=("float32", "bfloat16"))
     param_dtype: str = key("float32", "type of parameters, and of the second moment", choices=("float32", "bfloat16"))
     max_skipped: int = key(10, "non-finite updates in a row after which the run stops", "steps")

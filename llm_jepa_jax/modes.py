@@ -24,7 +24,7 @@ from llm_jepa_jax.eval.evaluate import evaluate as run_task
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
-from llm_jepa_jax.resolve import resolve, with_vocabulary
+from llm_jepa_jax.resolve import attention_backend, resolve, with_vocabulary
 from llm_jepa_jax.run_directory import check_directory, claim, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
@@ -78,11 +78,13 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     """Trains, evaluates, and writes the report."""
     job = _prepare(values, workdir)
     config = job.config
+    attention = attention_backend(config, job.mesh.devices.flat[0].platform)  # before any work, should it refuse
     check_directory(workdir, config, job.splits)
     phases = Phases(workdir if jax.process_index() == 0 else None)
     LOG.info(
-        "run %s on %d × %s, mesh %s", workdir, job.mesh.size, job.mesh.devices.flat[0].device_kind, dict(job.mesh.shape)
-    )
+        "run %s on %d × %s, mesh %s, attention %s",
+        workdir, job.mesh.size, job.mesh.devices.flat[0].device_kind, dict(job.mesh.shape), attention,
+    )  # fmt: skip
     with phases.phase("prepare data"):
         data = make_train_data(config, job.tokenizer, job.splits.train, job.splits.weights)
     claim(workdir, config, job.tokenizer, job.splits)

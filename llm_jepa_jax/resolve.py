@@ -74,6 +74,12 @@ SHARES = [
     "opt.beta2",
 ]
 
+KERNEL_PLATFORM = {"splash": "tpu", "triton": "gpu"}
+"""The devices that each attention kernel is for, by the name JAX gives their platform."""
+KERNEL_HEAD_DIMS = {"splash": (64, 128, 256), "triton": (64, 128)}
+KERNEL_BLOCK = 128
+"""Rows are cut into blocks of this many tokens or a multiple."""
+
 
 def _fail(key: str, value: object, why: str) -> None:
     raise UserError(f"config: `{key}`={value} {why}")
@@ -91,7 +97,57 @@ def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
     _check_vicreg(config)
     _check_train(config, mesh_shape)
     _check_model(config, mesh_shape)
+    _check_attention(config)
     return config
+
+
+def attention_backend(config: Config, platform: str) -> str:
+    """The back end of a training step on devices of this platform: `xla`, `splash` or `triton`.
+
+    Raises:
+        UserError: `train.attention` names one that cannot do it, with the reason and the fix.
+    """
+    name = config.train.attention
+    if name == "auto":
+        kernels = [kernel for kernel, wanted in KERNEL_PLATFORM.items() if wanted == platform]
+        return next((kernel for kernel in kernels if not _refusal(kernel, config)), "xla")
+    if name != "xla" and platform != KERNEL_PLATFORM[name]:
+        _fail("train.attention", name, f"runs on {KERNEL_PLATFORM[name]} devices, not on {platform}; use auto or xla")
+    _check_attention(config)
+    return name
+
+
+def attention_refusal(
+    backend: str, length: int, head_dim: int, dtype: str, window: int = 0, soft_cap: float = 0.0
+) -> str:
+    """Why an attention kernel cannot do these rows, with the fix; empty where it can. `window`, `soft_cap` 0: off."""
+    this, instead = f"`train.attention`={backend}", "or use train.attention=xla"
+    if head_dim not in KERNEL_HEAD_DIMS[backend]:
+        return f"{this} takes `model.head_dim` of {_either(KERNEL_HEAD_DIMS[backend])}, not {head_dim}; {instead[3:]}"
+    if length % KERNEL_BLOCK:
+        fits = -(-length // KERNEL_BLOCK) * KERNEL_BLOCK
+        return f"{this} takes `data.row_length` in multiples of {KERNEL_BLOCK}, not {length}; set {fits}, {instead}"
+    if backend == "triton" and dtype != "bfloat16":
+        # Its float32 products round their inputs to TF32.
+        return f"{this} computes in bfloat16, not {dtype}; set train.dtype=bfloat16, {instead}"
+    if backend == "triton" and (window or soft_cap):
+        return f"{this} has no attention windows or soft caps; {instead[3:]}"
+    return ""
+
+
+def _either(values: tuple[int, ...]) -> str:
+    return ", ".join(str(value) for value in values[:-1]) + f" or {values[-1]}"
+
+
+def _refusal(backend: str, config: Config) -> str:
+    return attention_refusal(backend, config.data.row_length, config.model.head_dim, config.train.dtype)
+
+
+def _check_attention(config: Config) -> None:
+    if config.train.attention in KERNEL_PLATFORM:
+        refusal = _refusal(config.train.attention, config)
+        if refusal:
+            raise UserError(f"config: {refusal}")
 
 
 def with_vocabulary(config: Config, tokenizer_size: int, tensor: int) -> Config:

@@ -128,6 +128,7 @@ def example_terms(row, params, config):
     """{conversation: (its loss, its gradient)} of each example of a row, by leaving only its slots in."""
     from llm_jepa_jax.batch import Batch
 
+    compiled = jax.jit(gradients, static_argnums=2)
     segments = row["segments"]
     owner = {}  # segment to conversation: views follow theirs
     current = None
@@ -144,7 +145,7 @@ def example_terms(row, params, config):
         kept["target_weight"] = row["target_weight"] * mine[row["target_index"]]
         kept["pair_weight"] = row["pair_weight"] * mine[row["predictor_index"]]
         batch = Batch(**{name: kept[name][None] for name in FIELDS})
-        total, grads, _, _ = gradients(params, batch, config)
+        total, grads, _, _ = compiled(params, batch, config)
         out[conversation] = (total, grads)
     return out
 

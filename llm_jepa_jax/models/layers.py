@@ -8,7 +8,8 @@ import jax
 from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
-from llm_jepa_jax.models.attention import attend_masked, attend_rows
+from llm_jepa_jax.models.attention.dense import attend_masked
+from llm_jepa_jax.models.attention.dispatch import attend_rows
 from llm_jepa_jax.models.ops import apply_rotary, linear, rms_norm, swiglu
 from llm_jepa_jax.parallel.sharding import constrain
 
@@ -63,6 +64,8 @@ class LlamaModule(nn.Module):
 class Block(LlamaModule):
     """One decoder block: pre-norm attention and SwiGLU. In a scan its carry is (hidden, cache, layer)."""
 
+    attention: str = "xla"
+    """The back end of whole rows; a decode step has its own."""
     longest_segment: int = 0
     """No segment is longer (0: not known): attention need not look further back."""
     keep_kv: bool = False
@@ -98,7 +101,9 @@ class Block(LlamaModule):
             query_RxLxHxh, key_RxLxKxh = apply_rotary(query_RxLxHxh, tables), apply_rotary(key_RxLxKxh, tables)
         if decoding is None:
             arrays = (query_RxLxHxh, key_RxLxKxh, value_RxLxKxh)
-            mixed_RxLxHxh = attend_rows(*arrays, layout.segments_RxL, layout.branch_end_RxP, self.longest_segment)
+            mixed_RxLxHxh = attend_rows(
+                *arrays, layout.segments_RxL, layout.branch_end_RxP, self.attention, self.longest_segment
+            )
         else:
             cache = _write(cache, layer, decoding.slot, key_RxLxKxh, value_RxLxKxh)
             keys, values = cache.key_NxBxSxKxh[layer], cache.value_NxBxSxKxh[layer]

@@ -31,6 +31,7 @@ class Decoder(LlamaModule):
 
     dtype: Any = jnp.float32
     remat: str = "none"
+    attention: str = "xla"
     longest_segment: int = 0
     keep_kv: bool = False
 
@@ -59,7 +60,7 @@ class Decoder(LlamaModule):
             length=config.num_layers,
             unroll=config.num_layers if config.num_layers <= UNROLLED_LAYERS and self.remat == "none" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.param_dtype, self.longest_segment, self.keep_kv, name="layers")
+        )(config, self.param_dtype, self.attention, self.longest_segment, self.keep_kv, name="layers")
         tables = rotary_tables(config, positions_RxL)
         start = (hidden_RxLxD, cache, jnp.zeros((), jnp.int32))
         (hidden_RxLxD, cache, _), kept = layers(start, tables, layout, decoding)
@@ -102,14 +103,19 @@ def forward(
     *,
     dtype: Any,
     remat: str = "none",
+    attention: str = "xla",
     longest_segment: int = 0,
 ) -> jax.Array:
     """Hidden states after the final norm, [R, L, D] in the compute type ([R, T, D] with branches; see `batch.Batch`).
 
     A token sees itself and earlier tokens of its own segment. States at padding (segment 0) mean nothing.
-    `longest_segment`, where it is known, is a promise that saves work: no segment has more tokens.
+    `attention` is a back end that fits the shapes and the devices; `xla` fits all, and is what evaluation uses, whose
+    sequences come in every length. `longest_segment`, where it is known, is a promise that saves work: no segment has
+    more tokens.
     """
-    decoder = Decoder(config, jnp.float32, dtype=dtype, remat=remat, longest_segment=longest_segment)
+    decoder = Decoder(
+        config, jnp.float32, dtype=dtype, remat=remat, attention=attention, longest_segment=longest_segment
+    )
     return decoder.apply({"params": params}, tokens_RxL, positions_RxL, Layout(segments_RxL, branch_end_RxP))[0]
 
 

@@ -17,6 +17,7 @@ from llm_jepa_jax.objectives.jepa import cosine, pair_embeddings
 from llm_jepa_jax.objectives.term import Inputs
 from llm_jepa_jax.objectives.total import term_weights, total_loss
 from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, replicated, rows_sharding
+from llm_jepa_jax.resolve import attention_backend
 from llm_jepa_jax.train.optimizer import learning_rate
 from llm_jepa_jax.train.state import StateFactory, TrainState
 
@@ -25,7 +26,12 @@ DIAGNOSTIC_PAIRS = 256
 
 
 def loss_and_aux(
-    params: Any, batch: Batch, weights: dict[str, jax.Array], config: Config, longest_segment: int = 0
+    params: Any,
+    batch: Batch,
+    weights: dict[str, jax.Array],
+    config: Config,
+    longest_segment: int = 0,
+    attention: str = "xla",
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Total loss of these rows under the global `weights`, and what the metrics need.
 
@@ -36,7 +42,7 @@ def loss_and_aux(
     hidden_RxLxD = forward(
         params, config.model, batch.tokens, batch.positions, batch.segments, batch.branch_end,
         dtype=jnp.dtype(config.train.dtype), remat=config.train.remat,
-        longest_segment=longest_segment,
+        attention=attention, longest_segment=longest_segment,
     )  # fmt: skip
     head_DxV = head_kernel(params, config.model)
     inputs = Inputs(hidden_RxLxD, head_DxV, batch, config.objective, config.model.logit_soft_cap)
@@ -63,7 +69,7 @@ def _split(batch: Batch, parts: int) -> Batch:
 
 
 def gradients(
-    params: Any, batch: Batch, config: Config, longest_segment: int = 0
+    params: Any, batch: Batch, config: Config, longest_segment: int = 0, attention: str = "xla"
 ) -> tuple[jax.Array, Any, dict[str, Any], dict[str, jax.Array]]:
     """Total loss, its gradient, metrics parts and term weights of a global batch, over its micro-batches.
 
@@ -71,7 +77,7 @@ def gradients(
     """
     weights = term_weights(batch, config.objective)
     value_and_grad = jax.value_and_grad(
-        lambda p, part: loss_and_aux(p, part, weights, config, longest_segment), has_aux=True
+        lambda p, part: loss_and_aux(p, part, weights, config, longest_segment, attention), has_aux=True
     )
     parts = config.train.micro_batches
     if parts == 1:
@@ -135,14 +141,18 @@ def make_train_step(
 
     Compiled for a batch without pair slots, it is next-token training and costs no more.
     A non-finite loss or gradient norm leaves parameters and optimizer untouched and is counted.
+
+    Raises:
+        UserError: the mesh's devices do not run the attention back end that the configuration names.
     """
     config, optimizer, mesh = factory.config, factory.optimizer, factory.mesh
+    attention = attention_backend(config, mesh.devices.flat[0].platform)
     schedule = learning_rate(config.opt, num_steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
         run = config if batch.pair_weight.shape[1] else without_pairs(config)
-        total, grads, aux, weights = gradients(state.params, batch, run, longest_segment)
+        total, grads, aux, weights = gradients(state.params, batch, run, longest_segment, attention)
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings.params)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)

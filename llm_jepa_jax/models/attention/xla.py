@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention within segments on every platform, one block of queries and keys at a time.
+
+The softmax is kept running over the blocks of keys (Rabe & Staats, 2021; Dao et al., 2022), so neither pass holds more
+scores than those of one pair of blocks. Blocks that no segment shares are never visited; that is found from the
+segments of the batch when the step runs. Shapes: n blocks of B tokens; R, K, h as ever; G query heads share a key head.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jepa_jax.models.attention.dense import MASKED, attend_masked
+
+BLOCK, FAR_BLOCK = 64, 256
+"""Queries and keys of a block. A pair of short blocks stays in a CPU core's cache and follows segments closely; where
+queries look further than `FAR`, fewer and longer blocks cost less."""
+FAR = 2048
+
+
+def attend(
+    query_RxLxHxh: jax.Array,
+    key_RxLxKxh: jax.Array,
+    value_RxLxKxh: jax.Array,
+    segments_RxL: jax.Array,
+    longest_segment: int = 0,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> jax.Array:
+    """Each query attends to earlier keys (and its own) of its own segment; [R, L, H, h] in the type of the values.
+
+    `longest_segment` is a promise (0: none): no segment has more tokens. `window` (0: off) is how many tokens back,
+    its own included, a query sees. `soft_cap` (0: off) turns scores into cap * tanh(scores / cap). Query heads share
+    keys in consecutive groups. Padding (segment 0) attends to padding: finite, and nothing else reads it.
+    """
+    rows, length, heads, width = query_RxLxHxh.shape
+    if length <= BLOCK:
+        near_LxL = _near(0, length, window)
+        allowed_RxLxL = near_LxL & (segments_RxL[:, :, None] == segments_RxL[:, None, :])
+        return attend_masked(query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, allowed_RxLxL, soft_cap)
+    reach = min(longest_segment or length, window or length)
+    block = BLOCK if reach <= FAR else FAR_BLOCK
+    kv_heads, num_blocks = key_RxLxKxh.shape[2], -(-length // block)
+
+    def cut(array: jax.Array) -> jax.Array:
+        """[R, L, ...] to [n, R, B, ...]; what is added has segment 0."""
+        room = [(0, 0), (0, num_blocks * block - length)] + [(0, 0)] * (array.ndim - 2)
+        return jnp.pad(array, room).reshape(rows, num_blocks, block, *array.shape[2:]).swapaxes(0, 1)
+
+    query = cut(query_RxLxHxh * width**-0.5).reshape(num_blocks, rows, block, kv_heads, heads // kv_heads, width)
+    key, value = (cut(array).transpose(0, 1, 3, 2, 4) for array in (key_RxLxKxh, value_RxLxKxh))
+    mixed = _blocked(query.transpose(0, 1, 3, 4, 2, 5), key, value, cut(segments_RxL), reach, window, soft_cap)
+    return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(rows, num_blocks * block, heads, width)[:, :length]
+
+
+def _near(back: Any, size: int, window: int) -> Any:
+    """bool [B, B]: which keys of a block a query may see, its block beginning `back` tokens behind theirs."""
+    back_BxB = back + np.arange(size)[:, None] - np.arange(size)
+    return (back_BxB >= 0) & (back_BxB < window) if window else back_BxB >= 0
+
+
+def first_blocks(segments_nxRxB: jax.Array, reach: int) -> jax.Array:
+    """int32 [n]: the first block of keys that each block of queries needs, in any row.
+
+    Blocks whose ranges of segments overlap may share one; padding, which stands behind them all, counts as the last.
+    """
+    num_blocks, _, block = segments_nxRxB.shape
+    order = jnp.where(segments_nxRxB > 0, segments_nxRxB, jnp.iinfo(jnp.int32).max)
+    low_nxR, high_nxR = order.min(axis=2), order.max(axis=2)
+    shared_nxn = ((high_nxR[None] >= low_nxR[:, None]) & (low_nxR[None] <= high_nxR[:, None])).any(axis=2)
+    blocks_n = np.arange(num_blocks)
+    within_nxn = blocks_n >= (blocks_n[:, None] * block - (reach - 1)) // block
+    return jnp.argmax(shared_nxn & within_nxn, axis=1).astype(jnp.int32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _blocked(
+    query_nxRxKxGxBxh: jax.Array,
+    key_nxRxKxBxh: jax.Array,
+    value_nxRxKxBxh: jax.Array,
+    segments_nxRxB: jax.Array,
+    reach: int,
+    window: int,
+    soft_cap: float,
+) -> jax.Array:
+    """Mixed values, [n, R, K, G, B, h]."""
+    return _forward(query_nxRxKxGxBxh, key_nxRxKxBxh, value_nxRxKxBxh, segments_nxRxB, reach, window, soft_cap)[0]
+
+
+def _scores(
+    query: jax.Array, key: jax.Array, segments: tuple[jax.Array, jax.Array], back: jax.Array, window: int, cap: float
+) -> tuple[jax.Array, Any]:
+    """Scores [R, K, G, Q, S] of two blocks `back` tokens apart, float32, and the slope that a soft cap gave them."""
+    scores, slope = jnp.einsum("rkgqh,rksh->rkgqs", query, key, preferred_element_type=jnp.float32), 1.0
+    if cap:
+        capped = jnp.tanh(scores / cap)
+        scores, slope = cap * capped, 1.0 - capped * capped
+    allowed_RxQxS = _near(back, key.shape[-2], window) & (segments[0][:, :, None] == segments[1][:, None, :])
+    return jnp.where(allowed_RxQxS[:, None, None], scores, MASKED), slope
+
+
+def _forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, reach: int, window: int, soft_cap: float
+) -> tuple[jax.Array, Any]:
+    first_n, block_size = first_blocks(segments, reach), key.shape[-2]
+
+    def mix(block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        """Values mixed for one block of queries, and the logarithm of its softmax denominators."""
+        i, first, query_i, segments_i = block
+
+        def add(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            mixed, total, top = carry
+            scores, _ = _scores(query_i, key[j], (segments_i, segments[j]), (i - j) * block_size, window, soft_cap)
+            new_top = jnp.maximum(top, scores.max(axis=-1))
+            shares, kept = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+            here = jnp.einsum(
+                "rkgqs,rksh->rkgqh", shares.astype(value.dtype), value[j], preferred_element_type=jnp.float32
+            )
+            return mixed * kept[..., None] + here, total * kept + shares.sum(axis=-1), new_top
+
+        places = query_i.shape[:-1]
+        start = (jnp.zeros(query_i.shape, jnp.float32), jnp.zeros(places), jnp.full(places, MASKED))
+        mixed, total, top = jax.lax.fori_loop(first, i + 1, add, start)
+        return (mixed / total[..., None]).astype(value.dtype), top + jnp.log(total)
+
+    mixed, log_total = jax.lax.map(mix, (jnp.arange(len(query)), first_n, query, segments))
+    return mixed, (query, key, value, segments, first_n, mixed, log_total)
+
+
+def _backward(reach: int, window: int, soft_cap: float, saved: Any, grad: jax.Array) -> tuple[jax.Array, ...]:
+    query, key, value, segments, first_n, mixed, log_total = saved
+    block_size = key.shape[-2]
+
+    def spread(carry: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]) -> Any:
+        """Adds what one block of queries gives to the gradients of keys and values; returns its own."""
+        i, first, query_i, segments_i, mixed_i, log_total_i, grad_i = block
+        pull = jnp.sum(grad_i.astype(jnp.float32) * mixed_i.astype(jnp.float32), axis=-1, keepdims=True)
+
+        def add(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            by_query, by_key, by_value = carry
+            scores, slope = _scores(query_i, key[j], (segments_i, segments[j]), (i - j) * block_size, window, soft_cap)
+            shares = jnp.exp(scores - log_total_i[..., None])
+            product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+            by_share = product("rkgqh,rksh->rkgqs", grad_i, value[j])
+            by_score = (shares * (by_share - pull) * slope).astype(query.dtype)
+            by_query += product("rkgqs,rksh->rkgqh", by_score, key[j])
+            by_key = by_key.at[j].add(product("rkgqs,rkgqh->rksh", by_score, query_i))
+            by_value = by_value.at[j].add(product("rkgqs,rkgqh->rksh", shares.astype(grad.dtype), grad_i))
+            return by_query, by_key, by_value
+
+        start = (jnp.zeros(query_i.shape, jnp.float32), *carry)
+        by_query, by_key, by_value = jax.lax.fori_loop(first, i + 1, add, start)
+        return (by_key, by_value), by_query.astype(query.dtype)
+
+    zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
+    blocks = (jnp.arange(len(query)), first_n, query, segments, mixed, log_total, grad)
+    (by_key, by_value), by_query = jax.lax.scan(spread, zeros, blocks)
+    return by_query, by_key.astype(key.dtype), by_value.astype(value.dtype), None
+
+
+_blocked.defvjp(_forward, _backward)
