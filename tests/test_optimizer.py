@@ -24,7 +24,7 @@ def losses(config, tokenizer, devices, steps=12):
     batch = host_batch(data)
     with jax.set_mesh(mesh):
         batch = global_batch(mesh, {name: getattr(batch, name) for name in FIELDS})
-        step = make_train_step(factory, 100, data.shape.longest_segment)
+        step = make_train_step(factory, 100, data.kinds[0].row.longest_segment)
         for _ in range(steps):
             state, metrics = step(state, batch)
             out.append(float(metrics["last"]["total_loss"]))

@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from llm_jepa_jax.batch import FIELDS, RowShape, empty_row
+from llm_jepa_jax.batch import RowShape, empty_row
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import global_batch
@@ -43,11 +43,10 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 def rows_of(shape: RowShape, num_rows: int, vocabulary: int) -> dict[str, np.ndarray]:
     """Rows of equal segments, every token but the last of a segment a target."""
     rng = np.random.default_rng(0)
-    row = empty_row(shape)
+    out = empty_rows(num_rows, shape)
     places = np.arange(shape.length)
-    row["segments"][:], row["positions"][:] = places // SEGMENT + 1, places % SEGMENT
-    row["target_index"][:], row["target_weight"][:] = places, places % SEGMENT != SEGMENT - 1
-    out = {name: np.stack([row[name]] * num_rows) for name in FIELDS}
+    out["segments"][:], out["positions"][:] = places // SEGMENT + 1, places % SEGMENT
+    out["target_index"][:], out["target_weight"][:] = places, places % SEGMENT != SEGMENT - 1
     out["tokens"] = rng.integers(0, vocabulary, out["tokens"].shape, np.int32)
     out["targets"] = rng.integers(0, vocabulary, out["targets"].shape, np.int32)
     return out

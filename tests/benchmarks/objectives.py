@@ -94,7 +94,8 @@ def make_case(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argpar
             "train": {
                 "num_steps": args.steps + 1,
                 "num_epochs": 0,
-                "micro_batches": int(os.environ.get("MB", "1")),
+                # its statistics are those of all pairs of a step, so vicreg takes no micro-batches
+                "micro_batches": 1 if "vicreg" in objective else args.micro_batches,
                 "dtype": args.dtype,
             },
         }
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=2048, help="pieces of the tokenizer; the model has 4096")
     parser.add_argument("--row_length", type=int, default=512, help="tokens of a packed row")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step")
+    parser.add_argument("--micro_batches", type=int, default=4, help="parts of a step: small ones fit the CPU's cache")
     parser.add_argument("--steps", type=int, default=15, help="measured steps of each case")
     parser.add_argument("--dtype", default="float32", help="compute type")
     args = parser.parse_args()

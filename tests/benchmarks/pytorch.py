@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=2048, help="pieces of the tokenizer")
     parser.add_argument("--row_length", type=int, default=512, help="tokens of our packed row")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step, padding included")
+    parser.add_argument("--micro_batches", type=int, default=4, help="parts of our step")
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each case")
     parser.add_argument("--dtype", default="float32", help="our compute type")
     args = parser.parse_args()
