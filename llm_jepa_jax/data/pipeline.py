@@ -144,12 +144,12 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
     if config.data.layout == "shared" and jepa.weight:
         _check_views_inside(source, corpus)
     weights_N = np.where(fits_N, weights_N, 0.0)
-    epochs = Epochs(config, costs, weights_N, make_kinds(config, costs, weights_N))
     if not copies(config, 0, weights_N).any():
         raise UserError(
             f"config: the weights of `data.train`={config.data.train} leave no example in the first epoch; "
             "a weight is copies of each record an epoch: raise it"
         )
+    epochs = Epochs(config, costs, weights_N, make_kinds(config, costs, weights_N))
     builder = RowBuilder(corpus, config, tokenizer.predictor_ids[: jepa.num_predictors])
     num_steps = train.num_steps
     if not num_steps:
