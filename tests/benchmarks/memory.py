@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from llm_jepa_jax.batch import RowShape, empty_row
+from llm_jepa_jax.batch import RowShape, empty_rows
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import global_batch
