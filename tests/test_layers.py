@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "llm_jepa_jax"
 ORDER = (
-    ("errors", "config", "batch", "presets", "from_json", "resolve", "flops"),
+    ("errors", "config", "batch", "presets", "from_json", "resolve", "flops", "huge_pages"),
     ("text", "parallel"),
     ("data", "models"),
     ("objectives",),

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jepa_jax.huge_pages import use_huge_pages
 from llm_jepa_jax.models.attention import xla
 from llm_jepa_jax.models.attention.dense import attend_masked
 
@@ -116,4 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

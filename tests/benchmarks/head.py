@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jepa_jax.huge_pages import use_huge_pages
 from llm_jepa_jax.objectives.head import HeadSettings, cross_entropy
 
 Loss = Callable[..., jax.Array]
@@ -94,4 +95,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

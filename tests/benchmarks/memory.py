@@ -19,6 +19,7 @@ import numpy as np
 
 from llm_jepa_jax.batch import RowShape, empty_rows
 from llm_jepa_jax.config import freeze
+from llm_jepa_jax.huge_pages import use_huge_pages
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import global_batch
 from llm_jepa_jax.train.state import state_factory
@@ -113,4 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

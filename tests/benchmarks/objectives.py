@@ -23,6 +23,7 @@ import numpy as np
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.data.pipeline import make_train_data
 from llm_jepa_jax.data.sources import JsonlSource
+from llm_jepa_jax.huge_pages import use_huge_pages
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import global_batch
 from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
@@ -144,4 +145,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

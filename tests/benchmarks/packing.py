@@ -26,6 +26,7 @@ from llm_jepa_jax.data.kinds import largest_first, step_work
 from llm_jepa_jax.data.packing import plan_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
 from llm_jepa_jax.data.sources import JsonlSource
+from llm_jepa_jax.huge_pages import use_huge_pages
 from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 MODEL = {"vocab_size": 4096, "embed_dim": 256, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 704}
@@ -167,4 +168,5 @@ def least_rows(data: TrainData) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()

@@ -21,6 +21,7 @@ from objectives import MODEL, Case, make_case
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_jepa_jax.data.sources import JsonlSource
+from llm_jepa_jax.huge_pages import use_huge_pages
 from llm_jepa_jax.text.chat import render, render_view
 from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -177,4 +178,5 @@ def report(torch_cases: list[TorchCase], ours: list[Case]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()
