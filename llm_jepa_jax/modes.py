@@ -78,7 +78,8 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     """Trains, evaluates, and writes the report."""
     job = _prepare(values, workdir)
     config = job.config
-    attention = attention_backend(config, job.mesh.devices.flat[0].platform)  # before any work, should it refuse
+    platform = job.mesh.devices.flat[0].platform
+    attention = attention_backend(config, platform, config.data.row_length)  # before any work, should it refuse
     check_directory(workdir, config, job.splits)
     phases = Phases(workdir if jax.process_index() == 0 else None)
     LOG.info(

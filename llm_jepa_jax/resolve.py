@@ -97,12 +97,12 @@ def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
     _check_vicreg(config)
     _check_train(config, mesh_shape)
     _check_model(config, mesh_shape)
-    _check_attention(config)
+    _check_attention(config, config.data.row_length)
     return config
 
 
-def attention_backend(config: Config, platform: str) -> str:
-    """The back end of a training step on devices of this platform: `xla`, `splash` or `triton`.
+def attention_backend(config: Config, platform: str, row_length: int) -> str:
+    """The back end of a training step with rows of this length on this platform: `xla`, `splash` or `triton`.
 
     Raises:
         UserError: `train.attention` names one that cannot do it, with the reason and the fix.
@@ -110,10 +110,10 @@ def attention_backend(config: Config, platform: str) -> str:
     name = config.train.attention
     if name == "auto":
         kernels = [kernel for kernel, wanted in KERNEL_PLATFORM.items() if wanted == platform]
-        return next((kernel for kernel in kernels if not _refusal(kernel, config)), "xla")
+        return next((kernel for kernel in kernels if not _refusal(kernel, config, row_length)), "xla")
     if name != "xla" and platform != KERNEL_PLATFORM[name]:
         _fail("train.attention", name, f"runs on {KERNEL_PLATFORM[name]} devices, not on {platform}; use auto or xla")
-    _check_attention(config)
+    _check_attention(config, row_length)
     return name
 
 
@@ -139,13 +139,13 @@ def _either(values: tuple[int, ...]) -> str:
     return ", ".join(str(value) for value in values[:-1]) + f" or {values[-1]}"
 
 
-def _refusal(backend: str, config: Config) -> str:
-    return attention_refusal(backend, config.data.row_length, config.model.head_dim, config.train.dtype)
+def _refusal(backend: str, config: Config, row_length: int) -> str:
+    return attention_refusal(backend, row_length, config.model.head_dim, config.train.dtype)
 
 
-def _check_attention(config: Config) -> None:
+def _check_attention(config: Config, row_length: int) -> None:
     if config.train.attention in KERNEL_PLATFORM:
-        refusal = _refusal(config.train.attention, config)
+        refusal = _refusal(config.train.attention, config, row_length)
         if refusal:
             raise UserError(f"config: {refusal}")
 

@@ -43,7 +43,7 @@ def step(arguments: list[str], longest_segment: int) -> tuple[str, str]:
     )
     with jax.set_mesh(mesh):
         compiled = make_train_step(factory, 10, longest_segment).lower(factory.abstract, batch).compile()
-    return attention_backend(config, "tpu"), compiled.as_text()
+    return attention_backend(config, "tpu", config.data.row_length), compiled.as_text()
 
 
 def kernel(head_dim: int, dtype: str, length: int, window: int, soft_cap: float) -> tuple[str, str]:

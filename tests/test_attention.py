@@ -237,7 +237,9 @@ def config_of(attention="auto", length=512, width=64, dtype="bfloat16"):
     ],
 )
 def test_auto_takes_the_kernel_of_the_devices_where_it_can(platform, changes, chosen):
-    assert attention_backend(config_of(**changes), platform) == chosen
+    config = config_of(**changes)
+    assert attention_backend(config, platform, config.data.row_length) == chosen
+    assert attention_backend(config, platform, 64) == "xla"  # a shorter kind of rows, which no kernel takes
 
 
 def test_a_named_back_end_that_cannot_is_refused_with_the_fix():

@@ -146,11 +146,13 @@ def make_train_step(
         UserError: the mesh's devices do not run the attention back end that the configuration names.
     """
     config, optimizer, mesh = factory.config, factory.optimizer, factory.mesh
-    attention = attention_backend(config, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    attention_backend(config, platform, config.data.row_length)  # refuses now, not when the step is traced
     schedule = learning_rate(config.opt, num_steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
+        attention = attention_backend(config, platform, batch.segments.shape[1])
         run = config if batch.pair_weight.shape[1] else without_pairs(config)
         total, grads, aux, weights = gradients(state.params, batch, run, longest_segment, attention)
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings.params)
