@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from objectives import MODEL, Case, make_case
@@ -22,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_jepa_jax.data.sources import JsonlSource
 from llm_jepa_jax.huge_pages import use_huge_pages
+from llm_jepa_jax.models.ops import linear
 from llm_jepa_jax.text.chat import render, render_view
 from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
 
@@ -159,6 +162,36 @@ def main() -> None:
             for case in cases:
                 case.take_turn()
     report(torch_cases, ours)
+    matmuls(args.tokens // args.micro_batches)
+
+
+def matmuls(tokens: int, turns: int = 15) -> None:
+    """Forward and backward of each of the model's products, ours over PyTorch's: median times, in turns."""
+    width, heads = MODEL["embed_dim"], MODEL["num_heads"] * MODEL["head_dim"]
+    for width_in, width_out in ((width, heads), (width, MODEL["mlp_dim"]), (MODEL["mlp_dim"], width)):
+        rng = np.random.default_rng(0)
+        shapes = ((1, tokens, width_in), (width_in, width_out), (1, tokens, width_out))
+        x, weight, grad = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+        theirs = [torch.tensor(x, requires_grad=True), torch.tensor(weight.T.copy(), requires_grad=True)]
+        torch_grad, ours = torch.tensor(grad), [jnp.asarray(array) for array in (x, weight, grad)]
+        both = jax.jit(lambda x, w, g: (linear(x, w), *jax.vjp(linear, x, w)[1](g)))
+        seconds: dict[str, list[float]] = {"torch": [], "ours": []}
+        for _ in range(turns + 1):
+            start = time.perf_counter()
+            torch.autograd.grad(torch.nn.functional.linear(*theirs), theirs, torch_grad)
+            seconds["torch"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            jax.block_until_ready(both(*ours))
+            seconds["ours"].append(time.perf_counter() - start)
+        torch_s, ours_s = (float(np.median(seconds[name][1:])) for name in ("torch", "ours"))
+        rate = 6 * tokens * width_in * width_out / 1e9
+        line = {
+            "case": f"matmul {tokens} x {width_in} x {width_out}",
+            "torch_gflop_per_s": round(rate / torch_s),
+            "ours_gflop_per_s": round(rate / ours_s),
+            "times torch": round(torch_s / ours_s, 2),
+        }
+        print(json.dumps(line), flush=True)
 
 
 def report(torch_cases: list[TorchCase], ours: list[Case]) -> None:
