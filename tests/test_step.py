@@ -11,7 +11,7 @@ import pytest
 
 from llm_jepa_jax.batch import FIELDS, RowShape, abstract_batch
 from llm_jepa_jax.config import MeshConfig, freeze
-from llm_jepa_jax.models.transformer import init_params
+from llm_jepa_jax.models.transformer import abstract_params, init_params
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import global_batch, parameter_spec, rows_sharding
 from llm_jepa_jax.train.optimizer import learning_rate
@@ -45,22 +45,25 @@ def losses_of(config, tokenizer, devices):
         ({"data": 2, "fsdp": 2, "tensor": 2}, 8, 1),
         ({"data": 1}, 1, 4),
         ({"fsdp": 2, "data": 1}, 2, 4),
+        ({"fsdp": 2, "tensor": 2, "data": 1}, 4, -4),
     ],
 )
 @pytest.mark.parametrize(("layout", "by"), [("separate", "example"), ("shared", "example"), ("shared", "step")])
 def test_devices_and_micro_batches_change_nothing(tmp_path, tokenizer, mesh, devices, micro_batches, layout, by):
     same = {"objective": {"jepa": {"dropout": 0.4, "dropout_by": by}}, "data": {"layout": layout}}
     plain, state = losses_of(small_config(tmp_path, **same), tokenizer, 1)
-    config = small_config(tmp_path, **same, mesh=mesh, train={"micro_batches": micro_batches})
+    remat = "full" if micro_batches < 0 else "none"
+    config = small_config(tmp_path, **same, mesh=mesh, train={"micro_batches": abs(micro_batches), "remat": remat})
     other, other_state = losses_of(config, tokenizer, devices)
     np.testing.assert_allclose(other, plain, rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, other_state.params)
     assert max(jax.tree.leaves(moved)) < 2e-4  # Adam divides tiny gradients by themselves
 
 
-def test_micro_batches_add_gradients_by_weight(tmp_path, tokenizer):
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_micro_batches_add_gradients_by_weight(tmp_path, tokenizer, remat):
     """Even when all targets and pairs lie in one micro-batch."""
-    config = small_config(tmp_path)
+    config = small_config(tmp_path, train={"remat": remat})
     batch = host_batch(small_data(config, tokenizer))
     lonely = np.array([1, 0, 0, 0, 1, 0, 0, 0], np.float32)[:, None]
     batch = replace_rows(batch, target_weight=batch.target_weight * lonely, pair_weight=batch.pair_weight * lonely)
@@ -70,6 +73,20 @@ def test_micro_batches_add_gradients_by_weight(tmp_path, tokenizer):
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
     chex.assert_trees_all_close(parts[1], whole[1], rtol=1e-4, atol=1e-7)
     chex.assert_trees_all_close(parts[2]["sums"], whole[2]["sums"], rtol=1e-6)
+
+
+def test_micro_batches_that_recompute_keep_gradients_once():
+    """Beyond the gradients themselves, the backward pass holds those of about one layer of 16."""
+    model = {
+        "vocab_size": 32, "embed_dim": 128, "num_layers": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
+        "mlp_dim": 1024,
+    }  # fmt: skip
+    data = {"row_length": 32, "rows_per_step": 4}
+    config = freeze({"model": model, "data": data, "train": {"micro_batches": 4, "remat": "full"}})
+    params, _ = abstract_params(config.model, jnp.float32)
+    batch = abstract_batch(4, RowShape(32, 32, 2))
+    memory = jax.jit(lambda p, b: gradients(p, b, config)[1]).lower(params, batch).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.25 * memory.output_size_in_bytes
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
+from llm_jepa_jax.models.adding import run_adding
 from llm_jepa_jax.models.layers import Block, Cache, Decoding, Layout, LlamaModule
 from llm_jepa_jax.models.ops import rotary_tables
 from llm_jepa_jax.parallel.sharding import constrain
@@ -43,12 +44,18 @@ class Decoder(LlamaModule):
         layout: Layout | None,
         cache: Cache | None = None,
         decoding: Decoding | None = None,
+        layer_sums: Any = None,
     ) -> tuple[jax.Array, Any]:
         config = self.config
         embedding_VxD = self.weight("embedding", (config.vocab_size, config.embed_dim), ("vocab", "embed"))
         if not config.tie_embeddings:
             self.weight("head", (config.embed_dim, config.vocab_size), ("embed", "vocab"))
         hidden_RxLxD = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "length", "embed")
+        tables = rotary_tables(config, positions_RxL)
+        if layer_sums is not None:
+            layers = self.variables["params"]["layers"]
+            hidden_RxLxD = run_adding(self._block(), layers, layer_sums, hidden_RxLxD, (tables, layout))
+            return self.norm("final_norm", hidden_RxLxD), None
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)  # a scan needs no barrier
@@ -61,10 +68,19 @@ class Decoder(LlamaModule):
             unroll=config.num_layers if config.num_layers <= UNROLLED_LAYERS and self.remat == "none" else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.param_dtype, self.attention, self.longest_segment, self.keep_kv, name="layers")
-        tables = rotary_tables(config, positions_RxL)
         start = (hidden_RxLxD, cache, jnp.zeros((), jnp.int32))
         (hidden_RxLxD, cache, _), kept = layers(start, tables, layout, decoding)
         return self.norm("final_norm", hidden_RxLxD), kept if self.keep_kv else cache
+
+    def _block(self) -> Any:
+        """One layer as a function of its parameters, hidden states, and (rotary tables, layout)."""
+        block = Block(self.config, self.param_dtype, self.attention, self.longest_segment, parent=None)
+
+        def run(layer: Any, hidden_RxLxD: jax.Array, context: Any) -> jax.Array:
+            start = (hidden_RxLxD, None, jnp.zeros((), jnp.int32))
+            return block.apply({"params": layer}, start, *context, None)[0][0]
+
+        return run
 
 
 def _boxed(config: ModelConfig, param_dtype: Any) -> Any:
@@ -105,18 +121,21 @@ def forward(
     remat: str = "none",
     attention: str = "xla",
     longest_segment: int = 0,
+    layer_sums: Any = None,
 ) -> jax.Array:
     """Hidden states after the final norm, [R, L, D] in the compute type ([R, T, D] with branches; see `batch.Batch`).
 
     A token sees itself and earlier tokens of its own segment. States at padding (segment 0) mean nothing.
     `attention` is a back end that fits the shapes and the devices; `xla` fits all, and is what evaluation uses, whose
     sequences come in every length. `longest_segment`, where it is known, is a promise that saves work: no segment has
-    more tokens.
+    more tokens. With `layer_sums`, gradients by the layers are added to them in the backward pass (see
+    `adding.run_adding`), which recomputes as remat `full` does.
     """
     decoder = Decoder(
         config, jnp.float32, dtype=dtype, remat=remat, attention=attention, longest_segment=longest_segment
     )
-    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, Layout(segments_RxL, branch_end_RxP))[0]
+    layout = Layout(segments_RxL, branch_end_RxP)
+    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, layout, layer_sums=layer_sums)[0]
 
 
 def head_kernel(params: Any, config: ModelConfig) -> jax.Array:

@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec
 
 from llm_jepa_jax.batch import Batch
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.models.transformer import forward, head_kernel
+from llm_jepa_jax.models.transformer import abstract_params, forward, head_kernel
 from llm_jepa_jax.objectives.jepa import cosine, pair_embeddings
 from llm_jepa_jax.objectives.term import Inputs
 from llm_jepa_jax.objectives.total import term_weights, total_loss
-from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, replicated, rows_sharding
+from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, is_axes, parameter_spec, replicated, rows_sharding
 from llm_jepa_jax.resolve import attention_backend
 from llm_jepa_jax.train.optimizer import learning_rate
 from llm_jepa_jax.train.state import StateFactory, TrainState
@@ -32,6 +32,7 @@ def loss_and_aux(
     config: Config,
     longest_segment: int = 0,
     attention: str = "xla",
+    layer_sums: Any = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Total loss of these rows under the global `weights`, and what the metrics need.
 
@@ -42,7 +43,7 @@ def loss_and_aux(
     hidden_RxLxD = forward(
         params, config.model, batch.tokens, batch.positions, batch.segments, batch.branch_end,
         dtype=jnp.dtype(config.train.dtype), remat=config.train.remat,
-        attention=attention, longest_segment=longest_segment,
+        attention=attention, longest_segment=longest_segment, layer_sums=layer_sums,
     )  # fmt: skip
     head_DxV = head_kernel(params, config.model)
     inputs = Inputs(hidden_RxLxD, head_DxV, batch, config.objective, config.model.logit_soft_cap)
@@ -76,32 +77,55 @@ def gradients(
     Every term is divided by its weight over the whole batch, so the result does not depend on how it is cut.
     """
     weights = term_weights(batch, config.objective)
-    value_and_grad = jax.value_and_grad(
-        lambda p, part: loss_and_aux(p, part, weights, config, longest_segment, attention), has_aux=True
-    )
+    rest = (weights, config, longest_segment, attention)
     parts = config.train.micro_batches
     if parts == 1:
-        (total, aux), grads = value_and_grad(params, batch)
+        (total, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, batch, *rest)
         return total, grads, aux, weights
 
     def add(carry: tuple[jax.Array, Any, Any], part: Batch) -> tuple[tuple[jax.Array, Any, Any], Any]:
-        (total, aux), grads = value_and_grad(params, part)
+        (total, aux), sums = _add_gradients(params, carry[1], part, rest)
         pairs = aux.pop("pairs")
-        added = jax.tree.map(lambda a, b: a + b, carry, (total, jax.tree.map(_wide, grads), aux))
-        return added, pairs
+        total, aux = jax.tree.map(jnp.add, (carry[0], carry[2]), (total, aux))
+        return (total, sums, aux), pairs
 
     split = _split(batch, parts)
-    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], split))
-    ((_, aux_shape), grad_shape) = shapes
-    aux_shape = {name: aux_shape[name] for name in ("sums", "cos_sum")}
-    zeros = (
-        jnp.zeros((), jnp.float32),
-        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), grad_shape),
-        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux_shape),
-    )
+    first = jax.tree.map(lambda x: x[0], split)
+    aux = jax.eval_shape(lambda p, b: loss_and_aux(p, b, *rest)[1], params, first)
+    aux = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux[name]) for name in ("sums", "cos_sum")}
+    zeros = (jnp.zeros((), jnp.float32), _zeros(params, config), aux)
     (total, grads, aux), pairs = jax.lax.scan(add, zeros, split)
     pairs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(parts * x.shape[1], *x.shape[2:]), pairs)
     return total, grads, aux | {"pairs": pairs}, weights
+
+
+def _add_gradients(params: Any, sums: Any, part: Batch, rest: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any], Any]:
+    """Loss of one micro-batch, and the float32 sums with its gradients.
+
+    Where the backward pass recomputes whole layers anyway, it adds their gradients in place.
+    """
+    if rest[1].train.remat != "full":
+        value, grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, part, *rest)
+        return value, jax.tree.map(jnp.add, sums, jax.tree.map(_wide, grads))
+    layers = {"layers": params["layers"]}
+    others = {name: value for name, value in params.items() if name not in layers}
+
+    def loss(others: Any, layer_sums: Any) -> tuple[jax.Array, dict[str, Any]]:
+        return loss_and_aux(others | layers, part, *rest, layer_sums)
+
+    value, (grads, layer_sums) = jax.value_and_grad(loss, (0, 1), has_aux=True)(others, sums["layers"])
+    added = jax.tree.map(jnp.add, {name: sums[name] for name in others}, jax.tree.map(_wide, grads))
+    return value, added | {"layers": layer_sums}
+
+
+def _zeros(params: Any, config: Config) -> Any:
+    """float32 zeros that lie as the parameters do."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    if jax.sharding.get_abstract_mesh().empty:
+        return zeros
+    axes = abstract_params(config.model, jnp.float32)[1]
+    specs = jax.tree.map(parameter_spec, axes, is_leaf=is_axes)
+    return jax.tree.map(jax.lax.with_sharding_constraint, zeros, specs)
 
 
 def _wide(gradient: jax.Array) -> jax.Array:
