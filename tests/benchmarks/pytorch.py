@@ -28,6 +28,9 @@ from llm_jepa_jax.models.ops import linear
 from llm_jepa_jax.text.chat import render, render_view
 from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
 
+PAUSE = 0.3
+"""Seconds before each measurement: PyTorch's threads spin for a while after their work, at the next one's cost."""
+
 
 def make_model() -> LlamaForCausalLM:
     """transformers' Llama of the benchmark's shape."""
@@ -73,8 +76,8 @@ class TorchCase:
         self.model = make_model()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=2e-3, weight_decay=0.1)
         self.batches = self._batches()
-        self.per_example: list[float] = []
-        self.per_token: list[float] = []
+        self.example_seconds: list[float] = []
+        self.token_seconds: list[float] = []
 
     def _batches(self) -> Iterator[list[int]]:
         rng = np.random.default_rng(0)
@@ -97,8 +100,18 @@ class TorchCase:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         seconds = time.perf_counter() - start
-        self.per_example.append(seconds / len(chosen))
-        self.per_token.append(seconds / sum(len(part) for record in chosen for part in record[: 3 if self.jepa else 1]))
+        self.example_seconds.append(seconds / len(chosen))
+        self.token_seconds.append(
+            seconds / sum(len(part) for record in chosen for part in record[: 3 if self.jepa else 1])
+        )
+
+    def per_example(self) -> np.ndarray:
+        """Seconds an example of each step after the first."""
+        return np.array(self.example_seconds[1:])
+
+    def per_token(self) -> np.ndarray:
+        """Seconds a token, padding not counted, of each step after the first."""
+        return np.array(self.token_seconds[1:])
 
     def _loss(self, chosen: list[tuple[list[int], list[int], list[int]]]) -> torch.Tensor:
         whole = [record[0] for record in chosen]
@@ -114,13 +127,6 @@ class TorchCase:
             states = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
             ends.append(states[torch.arange(len(views)), mask.sum(1) - 1])
         return loss + 1.0 - torch.nn.functional.cosine_similarity(ends[0], ends[1]).mean()
-
-    def result(self) -> dict[str, float]:
-        """Median over the steps after the first."""
-        return {
-            "seconds_per_example": float(np.median(self.per_example[1:])),
-            "seconds_per_token": float(np.median(self.per_token[1:])),
-        }
 
 
 def token_records(source: JsonlSource, tokenizer: Tokenizer) -> list[tuple[list[int], list[int], list[int]]]:
@@ -160,6 +166,7 @@ def main() -> None:
         cases: list[Any] = [*torch_cases, *ours]
         for _ in range(args.steps + 1):
             for case in cases:
+                time.sleep(PAUSE)
                 case.take_turn()
     report(torch_cases, ours)
     matmuls(args.tokens // args.micro_batches)
@@ -177,9 +184,11 @@ def matmuls(tokens: int, turns: int = 15) -> None:
         both = jax.jit(lambda x, w, g: (linear(x, w), *jax.vjp(linear, x, w)[1](g)))
         seconds: dict[str, list[float]] = {"torch": [], "ours": []}
         for _ in range(turns + 1):
+            time.sleep(PAUSE)
             start = time.perf_counter()
             torch.autograd.grad(torch.nn.functional.linear(*theirs), theirs, torch_grad)
             seconds["torch"].append(time.perf_counter() - start)
+            time.sleep(PAUSE)
             start = time.perf_counter()
             jax.block_until_ready(both(*ours))
             seconds["ours"].append(time.perf_counter() - start)
@@ -196,17 +205,18 @@ def matmuls(tokens: int, turns: int = 15) -> None:
 
 def report(torch_cases: list[TorchCase], ours: list[Case]) -> None:
     """Speeds of all, and ours over PyTorch's."""
-    results = {case.name: case.result() for case in (*torch_cases, *ours)}
-    for name, result in results.items():
+    cases = {case.name: case for case in (*torch_cases, *ours)}
+    for name, case in cases.items():
         line: dict[str, Any] = {
             "case": name,
-            "examples_per_s": round(1 / result["seconds_per_example"], 2),
-            "real_tokens_per_s": round(1 / result["seconds_per_token"]),
+            "examples_per_s": round(1 / float(np.median(case.per_example())), 2),
+            "real_tokens_per_s": round(1 / float(np.median(case.per_token()))),
         }
         if name in {case.name for case in ours}:
             against = ["torch ntp, dynamic"] if name == "ntp" else ["torch three-pass, 512", "torch three-pass, 128"]
             for other in against:
-                line[f"times {other}"] = round(results[other]["seconds_per_example"] / result["seconds_per_example"], 2)
+                ratios = cases[other].per_example() / case.per_example()
+                line[f"times {other}"] = round(float(np.median(ratios)), 2)
         print(json.dumps(line), flush=True)
 
 
