@@ -4,6 +4,7 @@
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +13,7 @@ from llm_jepa_jax.main import parse
 from tests.conftest import REPOSITORY
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+BENCHMARKS = sorted((REPOSITORY / "tests" / "benchmarks").glob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh")) + [REPOSITORY / ".ci" / "run"]
 
 
@@ -44,6 +46,15 @@ def test_links_between_documents_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text()):
         if not target.startswith("http"):
             assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda path: path.name)
+def test_benchmarks_are_documented_and_start(benchmark):
+    assert f"tests/benchmarks/{benchmark.name}" in (REPOSITORY / "docs" / "performance.md").read_text()
+    if benchmark.name == "pytorch.py":
+        pytest.importorskip("torch", reason="the PyTorch baseline needs the parity extra")
+        pytest.importorskip("transformers", reason="the PyTorch baseline needs the parity extra")
+    subprocess.run([sys.executable, str(benchmark), "--help"], check=True, capture_output=True, cwd=REPOSITORY)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
