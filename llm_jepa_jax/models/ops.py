@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jepa_jax.config import ModelConfig
 
@@ -52,11 +53,18 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-@jax.custom_vjp
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with; [..., *Out].
+PRODUCT = "product"
+"""Name of every linear layer's output, by which remat policies find it: they do not look inside a `custom_vjp`."""
 
-    The number of contracted axes is `x.ndim - 2`: inputs are [R, L, *In]. The derivative by the weight is written as
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with, named `PRODUCT`; [..., *Out]."""
+    return checkpoint_name(_linear(x, weight), PRODUCT)
+
+
+@jax.custom_vjp
+def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The number of contracted axes is `x.ndim - 2`: inputs are [R, L, *In]. The derivative by the weight is written as
     one product of two matrices, tokens first. Differentiating an einsum leaves it to XLA:CPU to transpose the larger
     operand, fused with whatever made it: a SwiGLU block forward and backward took 1.7 times as long.
     """
@@ -64,7 +72,7 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _linear_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return linear(x, weight), (x, weight)
+    return _linear(x, weight), (x, weight)
 
 
 def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -80,4 +88,4 @@ def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tup
     return by_x, turned.transpose(*range(num_out, turned.ndim), *range(num_out))
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)

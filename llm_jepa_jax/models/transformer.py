@@ -15,11 +15,11 @@ from flax import linen as nn
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.adding import run_adding
 from llm_jepa_jax.models.layers import Block, Cache, Decoding, Layout, LlamaModule
-from llm_jepa_jax.models.ops import rotary_tables
+from llm_jepa_jax.models.ops import PRODUCT, rotary_tables
 from llm_jepa_jax.parallel.sharding import constrain
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 UNROLLED_LAYERS = 8
