@@ -22,7 +22,17 @@ from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 FILES = ("config.json", "run.json", "tokenizer.model", "checkpoints")
-RESUMABLE = ("train", "eval", "log", "checkpoint", "mesh", "data.workers", "data.cache_dir", "data.max_dropped_share")
+RESUMABLE = (
+    "train",
+    "eval",
+    "log",
+    "checkpoint",
+    "mesh",
+    "data.workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.max_dropped_share",
+)
 """Keys and sections that a resumed run may change; everything else is what the run is."""
 
 

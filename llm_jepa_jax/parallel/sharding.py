@@ -25,14 +25,12 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "vocab": "tensor",
     "length": None,
-    "slots": None,
     "embed": None,
     "head_dim": None,
     "layers": None,
 }
-"""Computation: rows over the batch axes; inside a block heads, mlp and vocabulary over tensor."""
+"""Computation: rows over the batch axes; inside a block heads and mlp over tensor."""
 
 
 def parameter_spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
