@@ -60,7 +60,7 @@ def test_devices_and_micro_batches_change_nothing(tmp_path, tokenizer, mesh, dev
     assert max(jax.tree.leaves(moved)) < 2e-4  # Adam divides tiny gradients by themselves
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_micro_batches_add_gradients_by_weight(tmp_path, tokenizer, remat):
     """Even when all targets and pairs lie in one micro-batch."""
     config = small_config(tmp_path, train={"remat": remat})
@@ -89,14 +89,15 @@ def test_each_remat_policy_keeps_less_than_the_one_before():
     assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2], kept
 
 
-def test_micro_batches_that_recompute_keep_gradients_once():
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_micro_batches_keep_gradients_once(remat):
     """Beyond the gradients themselves, the backward pass holds those of about one layer of 16."""
     model = {
         "vocab_size": 32, "embed_dim": 128, "num_layers": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
         "mlp_dim": 1024,
     }  # fmt: skip
     data = {"row_length": 32, "rows_per_step": 4}
-    config = freeze({"model": model, "data": data, "train": {"micro_batches": 4, "remat": "full"}})
+    config = freeze({"model": model, "data": data, "train": {"micro_batches": 4, "remat": remat}})
     params, _ = abstract_params(config.model, jnp.float32)
     batch = abstract_batch(4, RowShape(32, 32, 2))
     memory = jax.jit(lambda p, b: gradients(p, b, config)[1]).lower(params, batch).compile().memory_analysis()

@@ -5,6 +5,7 @@ Micro-batches as a rule hold two copies of all gradients: the sums so far, and t
 backward loop carries the sums and adds each layer's gradient in place, so the second copy is one layer's.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,42 +13,86 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Block = Callable[[Any, jax.Array, Any], jax.Array]
-"""(one layer's parameters, hidden states, context) to hidden states."""
+Block = Callable[[Any, Any, Any], Any]
+"""(one layer's parameters, carry, context) to the carry behind the layer: arrays of the same shapes."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def run_adding(block: Block, layers: Any, sums: Any, hidden_RxLxD: jax.Array, context: Any) -> jax.Array:
-    """Hidden states behind N layers, whose parameters are stacked in `layers` ([N, ...] each).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run_adding(block: Block, unrolled: bool, layers: Any, sums: Any, carry: Any, context: Any) -> Any:
+    """The carry behind N layers, whose parameters are stacked in `layers` ([N, ...] each).
 
     The gradient by `sums` (a tree like `layers`) *is* the new sums: `sums` and the gradient by `layers` added up, in
-    the type of `sums`. There is no gradient by `layers` itself, nor by `context`. Only the layers' inputs are kept for
-    the backward pass, which computes each layer again.
+    the type of `sums`. There is no gradient by `layers` itself, nor by `context`. What a layer keeps for the backward
+    pass is up to `block` (`jax.checkpoint`); parameters and context are not kept again for each layer. `unrolled`
+    layers are compiled one after the other instead of as a loop.
     """
-    return _forward(block, layers, sums, hidden_RxLxD, context)[0]
+    return _forward(block, unrolled, layers, sums, carry, context)[0]
 
 
-def _forward(block: Block, layers: Any, sums: Any, hidden_RxLxD: jax.Array, context: Any) -> tuple[jax.Array, Any]:
-    def run(hidden: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
-        return block(layer, hidden, context), hidden
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Pull:
+    """A layer's backward function, without the arrays that are at hand anyway."""
 
-    hidden_RxLxD, inputs_NxRxLxD = jax.lax.scan(run, hidden_RxLxD, layers)
-    return hidden_RxLxD, (layers, sums, inputs_NxRxLxD, context)
+    kept: list[Any]
+    structure: Any = dataclasses.field(metadata={"static": True})
+    known: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    """Of each leaf, its place among the arrays at hand; -1: it is kept."""
 
 
-def _backward(block: Block, saved: Any, grad_RxLxD: jax.Array) -> tuple[Any, ...]:
-    layers, sums, inputs_NxRxLxD, context = saved
+def _without(pull: Any, at_hand: list[Any]) -> _Pull:
+    leaves, structure = jax.tree.flatten(pull)
+    places = {id(array): place for place, array in enumerate(at_hand)}
+    known = tuple(places.get(id(leaf), -1) for leaf in leaves)
+    return _Pull([leaf for leaf, place in zip(leaves, known, strict=True) if place < 0], structure, known)
 
-    def add(carry: tuple[jax.Array, Any], number: jax.Array) -> tuple[tuple[jax.Array, Any], None]:
+
+def _with(pull: _Pull, at_hand: list[Any]) -> Any:
+    kept = iter(pull.kept)
+    return jax.tree.unflatten(pull.structure, [at_hand[p] if p >= 0 else next(kept) for p in pull.known])
+
+
+def _forward(block: Block, unrolled: bool, layers: Any, sums: Any, carry: Any, context: Any) -> tuple[Any, Any]:
+    def run(carry: Any, layer: Any) -> tuple[Any, _Pull]:
+        # The context is an argument too: what a function closes over does not come back as itself.
+        carry, pull = jax.vjp(block, layer, carry, context)
+        return carry, _without(pull, jax.tree.leaves((layer, context)))
+
+    if not unrolled:
+        carry, pulls = jax.lax.scan(run, carry, layers)
+        return carry, (layers, sums, pulls, context)
+    pulls = []
+    for number in range(_depth(layers)):
+        carry, pull = run(carry, _layer(layers, number))
+        pulls.append(pull)
+    return carry, (layers, sums, pulls, context)
+
+
+def _backward(block: Block, unrolled: bool, saved: Any, grad: Any) -> tuple[Any, ...]:
+    layers, sums, pulls, context = saved
+
+    def add(carry: tuple[Any, Any], number: Any) -> tuple[tuple[Any, Any], None]:
         grad, sums = carry
-        layer, hidden = jax.tree.map(lambda x: x[number], (layers, inputs_NxRxLxD))
-        by_layer, by_hidden = jax.vjp(lambda layer, hidden: block(layer, hidden, context), layer, hidden)[1](grad)
+        layer, pull = _layer(layers, number), pulls[number] if unrolled else _layer(pulls, number)
+        by_layer, by_carry, _ = _with(pull, jax.tree.leaves((layer, context)))(grad)
         sums = jax.tree.map(lambda total, part: total.at[number].add(part.astype(total.dtype)), sums, by_layer)
-        return (by_hidden, sums), None
+        return (by_carry, sums), None
 
-    numbers = jnp.arange(len(inputs_NxRxLxD))
-    (grad_RxLxD, sums), _ = jax.lax.scan(add, (grad_RxLxD, sums), numbers, reverse=True)
-    return None, sums, grad_RxLxD, None
+    carry = (grad, sums)
+    if unrolled:
+        for number in reversed(range(_depth(layers))):
+            carry, _ = add(carry, number)
+    else:
+        carry, _ = jax.lax.scan(add, carry, jnp.arange(_depth(layers)), reverse=True)
+    return None, carry[1], carry[0], None
+
+
+def _depth(layers: Any) -> int:
+    return len(jax.tree.leaves(layers)[0])
+
+
+def _layer(stacked: Any, number: Any) -> Any:
+    return jax.tree.map(lambda x: x[number], stacked)
 
 
 run_adding.defvjp(_forward, _backward)

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
@@ -43,6 +44,19 @@ class Decoding:
     """bool: the slots each prompt may attend to, the new one included."""
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Carry:
+    """What goes from block to block."""
+
+    hidden_RxLxD: Any
+    cache: Cache | None
+    layer: Any
+    """int32 scalar: blocks behind."""
+    states: tuple[Any, ...]
+    """Hidden states of the layers that are wanted, [R, L, D] each; 0 up to there."""
+
+
 class LlamaModule(nn.Module):
     """A module that knows the configuration and how to declare a parameter."""
 
@@ -55,14 +69,16 @@ class LlamaModule(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
         return self.param(name, init, shape, self.param_dtype)
 
-    def norm(self, name: str, x: jax.Array) -> jax.Array:
+    def norm_scale(self, name: str) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param(name, init, (self.config.embed_dim,), self.param_dtype)
-        return rms_norm(x, scale, self.config.norm_eps)
+        return self.param(name, init, (self.config.embed_dim,), self.param_dtype)
+
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.norm_scale(name), self.config.norm_eps)
 
 
 class Block(LlamaModule):
-    """One decoder block: pre-norm attention and SwiGLU. In a scan its carry is (hidden, cache, layer)."""
+    """One decoder block: pre-norm attention and SwiGLU."""
 
     attention: str = "xla"
     """The back end of whole rows; a decode step has its own."""
@@ -70,18 +86,24 @@ class Block(LlamaModule):
     """No segment is longer (0: not known): attention need not look further back."""
     keep_kv: bool = False
     """Return this block's keys and values (prefill)."""
+    wanted: tuple[int, ...] = ()
+    """The layers of `Carry.states`."""
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Any, Any, Any], tables: Any, layout: Layout | None, decoding: Decoding | None
-    ) -> tuple[tuple[Any, Any, Any], Any]:
-        hidden_RxLxD, cache, layer = carry
+        self, carry: Carry, tables: Any, layout: Layout | None, decoding: Decoding | None
+    ) -> tuple[Carry, Any]:
+        hidden_RxLxD, cache, layer = carry.hidden_RxLxD, carry.cache, carry.layer
         with jax.named_scope("attention"):
             mixed, cache, kept = self._attention(hidden_RxLxD, cache, layer, tables, layout, decoding)
             hidden_RxLxD = constrain(hidden_RxLxD + mixed, "rows", "length", "embed")
         with jax.named_scope("mlp"):
             hidden_RxLxD = constrain(hidden_RxLxD + self._mlp(hidden_RxLxD), "rows", "length", "embed")
-        return (hidden_RxLxD, cache, layer + 1), kept
+        states = (
+            jnp.where(layer + 1 == number, hidden_RxLxD, state)
+            for number, state in zip(self.wanted, carry.states, strict=True)
+        )
+        return Carry(hidden_RxLxD, cache, layer + 1, tuple(states)), kept
 
     def _attention(
         self, hidden_RxLxD: Any, cache: Any, layer: Any, tables: Any, layout: Any, decoding: Decoding | None

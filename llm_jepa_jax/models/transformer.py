@@ -14,14 +14,16 @@ from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.adding import run_adding
-from llm_jepa_jax.models.layers import Block, Cache, Decoding, Layout, LlamaModule
-from llm_jepa_jax.models.ops import PRODUCT, rotary_tables
+from llm_jepa_jax.models.layers import Block, Cache, Carry, Decoding, Layout, LlamaModule
+from llm_jepa_jax.models.ops import PRODUCT, rms_norm, rotary_tables
 from llm_jepa_jax.parallel.sharding import constrain
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+State = tuple[int, bool]
+"""A hidden state: its layer (0: the embeddings, i: what block i gives), and whether the final norm is applied to it."""
 UNROLLED_LAYERS = 8
 """Up to this many layers are compiled one after the other, unless remat wants the loop: a loop copies what the backward
 pass needs of every layer into one array and back, 1.1 times the step on CPUs."""
@@ -35,6 +37,8 @@ class Decoder(LlamaModule):
     attention: str = "xla"
     longest_segment: int = 0
     keep_kv: bool = False
+    states: tuple[State, ...] = ()
+    """The hidden states wanted; none: behind the last block, after the final norm."""
 
     @nn.compact
     def __call__(
@@ -45,42 +49,62 @@ class Decoder(LlamaModule):
         cache: Cache | None = None,
         decoding: Decoding | None = None,
         layer_sums: Any = None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[tuple[jax.Array, ...], Any]:
         config = self.config
         embedding_VxD = self.weight("embedding", (config.vocab_size, config.embed_dim), ("vocab", "embed"))
         if not config.tie_embeddings:
             self.weight("head", (config.embed_dim, config.vocab_size), ("embed", "vocab"))
-        hidden_RxLxD = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "length", "embed")
-        tables = rotary_tables(config, positions_RxL)
-        if layer_sums is not None:
-            layers = self.variables["params"]["layers"]
-            hidden_RxLxD = run_adding(self._block(), layers, layer_sums, hidden_RxLxD, (tables, layout))
-            return self.norm("final_norm", hidden_RxLxD), None
+        embedded_RxLxD = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "length", "embed")
+        inner = self._inner_layers()
+        carry = Carry(embedded_RxLxD, cache, jnp.zeros((), jnp.int32), (jnp.zeros_like(embedded_RxLxD),) * len(inner))
+        context = (rotary_tables(config, positions_RxL), layout, decoding)
+        if layer_sums is None:
+            carry, kept = self._scanned(inner)(carry, *context)
+        else:
+            layers, kept = self.variables["params"]["layers"], None
+            carry = run_adding(self._block(inner), self._unrolled, layers, layer_sums, carry, context)
+        raw = {0: embedded_RxLxD, config.num_layers: carry.hidden_RxLxD} | dict(zip(inner, carry.states, strict=True))
+        scale_D = self.norm_scale("final_norm")
+        wanted = self.states or ((config.num_layers, True),)
+        out = tuple(rms_norm(raw[i], scale_D, config.norm_eps) if normed else raw[i] for i, normed in wanted)
+        return out, kept if self.keep_kv else carry.cache
+
+    def _inner_layers(self) -> tuple[int, ...]:
+        """The layers between the first and the last whose states are wanted."""
+        return tuple(sorted({layer for layer, _ in self.states} - {0, self.config.num_layers}))
+
+    @property
+    def _unrolled(self) -> bool:
+        return self.config.num_layers <= UNROLLED_LAYERS and self.remat == "none"
+
+    def _fields(self, inner: tuple[int, ...]) -> tuple[Any, ...]:
+        return self.config, self.param_dtype, self.attention, self.longest_segment, self.keep_kv, inner
+
+    def _scanned(self, inner: tuple[int, ...]) -> Any:
+        """All blocks, one after the other."""
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)  # a scan needs no barrier
-        layers = nn.scan(
+        return nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
-            length=config.num_layers,
-            unroll=config.num_layers if config.num_layers <= UNROLLED_LAYERS and self.remat == "none" else 1,
+            length=self.config.num_layers,
+            unroll=self.config.num_layers if self._unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.param_dtype, self.attention, self.longest_segment, self.keep_kv, name="layers")
-        start = (hidden_RxLxD, cache, jnp.zeros((), jnp.int32))
-        (hidden_RxLxD, cache, _), kept = layers(start, tables, layout, decoding)
-        return self.norm("final_norm", hidden_RxLxD), kept if self.keep_kv else cache
+        )(*self._fields(inner), name="layers")
 
-    def _block(self) -> Any:
-        """One layer as a function of its parameters, hidden states, and (rotary tables, layout)."""
-        block = Block(self.config, self.param_dtype, self.attention, self.longest_segment, parent=None)
+    def _block(self, inner: tuple[int, ...]) -> Any:
+        """One block as a function of its parameters, the carry, and (rotary tables, layout, nothing)."""
+        block = Block(*self._fields(inner), parent=None)
 
-        def run(layer: Any, hidden_RxLxD: jax.Array, context: Any) -> jax.Array:
-            start = (hidden_RxLxD, None, jnp.zeros((), jnp.int32))
-            return block.apply({"params": layer}, start, *context, None)[0][0]
+        def run(layer: Any, carry: Carry, context: Any) -> Carry:
+            return block.apply({"params": layer}, carry, *context)[0]
 
-        return run
+        if self.remat == "none":
+            return run
+        return jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
 
 def _boxed(config: ModelConfig, param_dtype: Any) -> Any:
@@ -109,7 +133,7 @@ def init_params(key: jax.Array, config: ModelConfig, param_dtype: Any) -> Any:
     return jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box)
 
 
-def forward(
+def forward_states(
     params: Any,
     config: ModelConfig,
     tokens_RxL: jax.Array,
@@ -117,25 +141,40 @@ def forward(
     segments_RxL: jax.Array,
     branch_end_RxP: jax.Array | None = None,
     *,
+    states: tuple[State, ...] = (),
     dtype: Any,
     remat: str = "none",
     attention: str = "xla",
     longest_segment: int = 0,
     layer_sums: Any = None,
-) -> jax.Array:
-    """Hidden states after the final norm, [R, L, D] in the compute type ([R, T, D] with branches; see `batch.Batch`).
+) -> tuple[jax.Array, ...]:
+    """The hidden states asked for, each [R, L, D] in the compute type ([R, T, D] with branches; see `batch.Batch`).
 
-    A token sees itself and earlier tokens of its own segment. States at padding (segment 0) mean nothing.
-    `attention` is a back end that fits the shapes and the devices; `xla` fits all, and is what evaluation uses, whose
-    sequences come in every length. `longest_segment`, where it is known, is a promise that saves work: no segment has
-    more tokens. With `layer_sums`, gradients by the layers are added to them in the backward pass (see
-    `adding.run_adding`), which recomputes as remat `full` does.
+    Without any, the one behind the last block after the final norm. A token sees itself and earlier tokens of its own
+    segment. States at padding (segment 0) mean nothing. `attention` is a back end that fits the shapes and the
+    devices; `xla` fits all, and is what evaluation uses, whose sequences come in every length. `longest_segment`,
+    where it is known, is a promise that saves work: no segment has more tokens. With `layer_sums`, gradients by the
+    layers are added to them in the backward pass (see `adding.run_adding`).
     """
     decoder = Decoder(
-        config, jnp.float32, dtype=dtype, remat=remat, attention=attention, longest_segment=longest_segment
-    )
+        config, jnp.float32,
+        dtype=dtype, remat=remat, attention=attention, longest_segment=longest_segment, states=states,
+    )  # fmt: skip
     layout = Layout(segments_RxL, branch_end_RxP)
     return decoder.apply({"params": params}, tokens_RxL, positions_RxL, layout, layer_sums=layer_sums)[0]
+
+
+def forward(
+    params: Any,
+    config: ModelConfig,
+    tokens_RxL: jax.Array,
+    positions_RxL: jax.Array,
+    segments_RxL: jax.Array,
+    branch_end_RxP: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """The hidden state behind the last block after the final norm, [R, L, D]; options as in `forward_states`."""
+    return forward_states(params, config, tokens_RxL, positions_RxL, segments_RxL, branch_end_RxP, **options)[0]
 
 
 def head_kernel(params: Any, config: ModelConfig) -> jax.Array:
@@ -154,7 +193,7 @@ def prefill(
     positions_BxS = jnp.maximum(slots_S - first_slot_B[:, None], 0)
     segments_BxS = (slots_S >= first_slot_B[:, None]).astype(jnp.int32)
     decoder = Decoder(config, jnp.float32, dtype=dtype, keep_kv=True)
-    hidden_BxSxD, kept = decoder.apply({"params": params}, tokens_BxS, positions_BxS, Layout(segments_BxS))
+    (hidden_BxSxD,), kept = decoder.apply({"params": params}, tokens_BxS, positions_BxS, Layout(segments_BxS))
     room = ((0, 0), (0, 0), (0, num_slots - tokens_BxS.shape[1]), (0, 0), (0, 0))
     return hidden_BxSxD[:, -1], Cache(*(jnp.pad(array, room) for array in kept))
 
@@ -174,7 +213,7 @@ def decode_step(
     allowed_BxS = (slots_S <= slot) & (slots_S >= first_slot_B[:, None])
     positions_Bx1 = (slot - first_slot_B)[:, None]
     decoder = Decoder(config, jnp.float32, dtype=dtype)
-    hidden_Bx1xD, cache = decoder.apply(
+    (hidden_Bx1xD,), cache = decoder.apply(
         {"params": params}, token_B[:, None], positions_Bx1, None, cache, Decoding(slot, allowed_BxS)
     )
     return hidden_Bx1xD[:, 0], cache

@@ -100,13 +100,7 @@ def gradients(
 
 
 def _add_gradients(params: Any, sums: Any, part: Batch, rest: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any], Any]:
-    """Loss of one micro-batch, and the float32 sums with its gradients.
-
-    Where the backward pass recomputes whole layers anyway, it adds their gradients in place.
-    """
-    if rest[1].train.remat != "full":
-        value, grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, part, *rest)
-        return value, jax.tree.map(jnp.add, sums, jax.tree.map(_wide, grads))
+    """Loss of one micro-batch, and the float32 sums with its gradients; those of layers are added in place."""
     layers = {"layers": params["layers"]}
     others = {name: value for name, value in params.items() if name not in layers}
 
