@@ -91,17 +91,17 @@ def test_each_remat_policy_keeps_less_than_the_one_before():
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_micro_batches_keep_gradients_once(remat):
-    """Beyond the gradients themselves, the backward pass holds those of about one layer of 16."""
+    """Beyond the gradients themselves, the backward pass holds those of about one layer of 16, and activations."""
     model = {
         "vocab_size": 32, "embed_dim": 128, "num_layers": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
         "mlp_dim": 1024,
     }  # fmt: skip
-    data = {"row_length": 32, "rows_per_step": 4}
+    data = {"row_length": 8, "rows_per_step": 4}
     config = freeze({"model": model, "data": data, "train": {"micro_batches": 4, "remat": remat}})
     params, _ = abstract_params(config.model, jnp.float32)
-    batch = abstract_batch(4, RowShape(32, 32, 2))
+    batch = abstract_batch(4, RowShape(8, 8, 2))
     memory = jax.jit(lambda p, b: gradients(p, b, config)[1]).lower(params, batch).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 0.25 * memory.output_size_in_bytes
+    assert memory.temp_size_in_bytes < 0.4 * memory.output_size_in_bytes
 
 
 @pytest.mark.parametrize(
