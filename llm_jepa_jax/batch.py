@@ -9,18 +9,22 @@ import jax
 import numpy as np
 
 SHORTEST_ROW, ROW_MULTIPLE = 64, 32
+USER_BEFORE, USER_END, CODE_BEFORE, CODE_END, SPAN_BEFORE, SPAN_END = range(6)
+"""Columns of `Batch.span_points`."""
+NUM_POINTS = 6
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Packed rows. R rows, L row length, M target slots, P pair slots; int32 unless said.
+    """Packed rows. R rows, L row length, M target slots, P pair slots, S span slots; int32 unless said.
 
     All indices are absolute within their row. An unused slot has weight 0 and index 0. Segment 0 is padding; tokens
     see only earlier tokens of their own segment. `positions` restart at 0 in every segment.
 
-    T is L, or in the `shared` layout L + P·k: behind the trunk, each pair has a branch of k predictor tokens. They see
-    the trunk up to their pair's `branch_end`, and the branch's earlier tokens; their positions go on from there.
+    T is L, or in the `shared` layout L + P·b: behind the trunk, each pair has a branch of b tokens, its predictor
+    tokens and, with `jepa.view_end=turn`, an end-of-turn token. They see the trunk up to their pair's `branch_end`, and
+    the branch's earlier tokens; their positions go on from there.
     """
 
     tokens: Any
@@ -40,17 +44,25 @@ class Batch:
     predictor_index: Any
     """[R, P] place of the last hidden state of the view that predicts, its predictor tokens included: the text view,
     or the code view with `jepa.direction=code_to_text`."""
+    predictor_start: Any
+    """[R, P] place of that view's first token."""
     code_index: Any
     """[R, P] place of the last hidden state of the view that is predicted: the code view, or the text view with
     `jepa.direction=code_to_text`."""
+    code_start: Any
+    """[R, P] place of that view's first token."""
     pair_weight: Any
     """[R, P] float32, 1 for a used slot."""
+    span_points: Any
+    """[R, S, 6] places that a span is made of; what each is says `objectives.stp`."""
+    span_weight: Any
+    """[R, S] float32, weight of the span; 0 for a free slot."""
     num_examples: Any
     """[R] examples whose conversation lies in the row."""
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
-FLOAT_FIELDS = ("target_weight", "pair_weight")
+FLOAT_FIELDS = ("target_weight", "pair_weight", "span_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +76,9 @@ class RowShape:
     """No segment has more tokens; 0: not known. Attention need not look further back."""
     branch: int = 0
     """Tokens of each pair slot's branch behind the row."""
+    most_examples: int = 0
+    """Examples that a row may hold; 0: any number."""
+    span_slots: int = 0
 
     @property
     def width(self) -> int:
@@ -95,12 +110,14 @@ def row_lengths(longest: int) -> list[int]:
 def empty_rows(num_rows: int, shape: RowShape) -> dict[str, np.ndarray]:
     """Rows of padding as writable arrays [R, …]: the fields of `Batch` by name."""
     sizes = {
-        "target": (shape.target_slots,), "pair": (shape.pair_slots,), "token": (shape.width,), "trunk": (shape.length,)
+        "target": (shape.target_slots,), "pair": (shape.pair_slots,), "token": (shape.width,), "trunk": (shape.length,),
+        "span": (shape.span_slots,), "points": (shape.span_slots, NUM_POINTS),
     }  # fmt: skip
     of = {
         "tokens": "token", "positions": "token", "segments": "trunk", "branch_end": "pair",
         "target_index": "target", "targets": "target", "target_weight": "target",
-        "predictor_index": "pair", "code_index": "pair", "pair_weight": "pair",
+        "predictor_index": "pair", "predictor_start": "pair", "code_index": "pair", "code_start": "pair",
+        "pair_weight": "pair", "span_points": "points", "span_weight": "span",
     }  # fmt: skip
     rows = {
         name: np.zeros((num_rows, *sizes[kind]), np.float32 if name in FLOAT_FIELDS else np.int32)

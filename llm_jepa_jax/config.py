@@ -7,26 +7,14 @@ At the command line a configuration is an `ml_collections.ConfigDict` (`base_con
 """
 
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 import ml_collections
 
-from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.schema import describe_section, freeze_section, key, section
 
 NUM_RESERVED_PREDICTORS = 10
 """Predictor-token ids that every tokenizer reserves: the largest `objective.jepa.num_predictors`."""
-
-
-def key(default: Any, meaning: str, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """Declares one configuration key. `choices` lists the only strings allowed."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "unit": unit, "choices": choices})
-
-
-def section(cls: type, meaning: str) -> Any:
-    """Declares a nested section."""
-    return dataclasses.field(default_factory=cls, metadata={"meaning": meaning, "section": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +90,26 @@ class ModelConfig:
     init_std: float = key(0.02, "standard deviation of the initial weights")
 
 
+DISTANCES = ("cosine", "l2", "mse", "infonce")
+
+
 @dataclasses.dataclass(frozen=True)
-class NtpConfig:
+class TermConfig:
+    """What every objective has."""
+
+    weight: float = key(0.0, "factor in the total; 0: off")
+    schedule: str = key(
+        "constant",
+        "`constant`; `linear`: the factor rises from `min_weight` at the first step to `weight` at the last of "
+        "`schedule_steps`",
+        choices=("constant", "linear"),
+    )
+    min_weight: float = key(0.0, "factor at the first step, with `schedule`=linear")
+    schedule_steps: int = key(0, "steps of the rise; 0: the whole run", "steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class NtpConfig(TermConfig):
     weight: float = key(1.0, "γ: weight of the next-token loss; 0: off")
     targets: str = key(
         "assistant",
@@ -117,11 +123,34 @@ class NtpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class JepaConfig:
+class VectorsConfig(TermConfig):
+    """What an objective has that brings two vectors together."""
+
+    distance: str = key(
+        "cosine",
+        "`cosine`: 1 − cos; `l2`: length of the difference; `mse`: its entries' mean square; `infonce`: cross-entropy "
+        "of picking the right one among all of the global batch by cosine",
+        choices=DISTANCES,
+    )
+    temperature: float = key(0.07, "τ: cosines are divided by it, with `distance`=infonce")
+    layer: int = key(
+        -1, "hidden states compared: 0 the embeddings, i what block i gives, -1 the last block's, -2 the one before …"
+    )
+    final_norm: bool = key(
+        True, "the model's final norm is applied to them (published: yes for the last layer, no for the others)"
+    )
+    linear_predictor: bool = key(
+        False, "the predicting vector goes through a learned matrix [D, D] first (Xavier uniform at the start)"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class JepaConfig(VectorsConfig):
     weight: float = key(1.0, "λ: weight of the JEPA loss; 0: off, and no view enters a row")
     num_predictors: int = key(
         1, f"k: predictor tokens of the view that predicts, 0 to {NUM_RESERVED_PREDICTORS}", "tokens"
     )
+    shared_predictor: bool = key(False, "the k predictor tokens are one token k times, not k different ones")
     direction: str = key(
         "text_to_code",
         "which view predicts the other, and so has the predictor tokens; in the `shared` layout `code_to_text` reads "
@@ -130,13 +159,19 @@ class JepaConfig:
     )
     placement: str = key(
         "append",
-        "predictor tokens come behind the view (`append`) or before its content (`prepend`: its own end is read)",
+        "predictor tokens come behind the view's content (`append`) or before it (`prepend`: its own end is read)",
         choices=("append", "prepend"),
     )
     view_end: str = key(
         "content",
-        "where a view ends: its last `content` token, or the end-of-`turn` token after it",
+        "where a view ends: its last `content` or predictor token, or the end-of-`turn` token after it",
         choices=("content", "turn"),
+    )
+    view_end_offset: int = key(0, "tokens before that end where both views are read", "tokens")
+    pooling: str = key(
+        "last",
+        "a view's embedding: the hidden state at its end (`last`), or the `mean` over the view up to there",
+        choices=("last", "mean"),
     )
     stop_gradient: bool = key(
         False, "no gradient into the view that is predicted: the other alone moves (published: both views move)"
@@ -156,7 +191,39 @@ class JepaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VicregConfig:
+class StpConfig(VectorsConfig):
+    mode: str = key(
+        "random_span",
+        "`random_span`: displacement over a span against that over the rest; `e2e`: over the user turn against over "
+        "the assistant turn; `mean`: mean state of the one against that of the other; `curvature`: mean angle between "
+        "one step and the next; `mask`: the text without a span against the span, each encoded anew; `mask_recover`: "
+        "the text without a span against the text",
+        choices=("random_span", "e2e", "mean", "curvature", "mask", "mask_recover"),
+    )
+    draw: str = key(
+        "start_then_end",
+        "how a span is drawn: its start and then its end behind it; two ends at once (`both`); `uniform` over spans",
+        choices=("start_then_end", "both", "uniform"),
+    )
+    draws: int = key(1, "spans of an example, each with its own term")
+    from_start: bool = key(False, "spans begin with the first token")
+    max_length: int = key(0, "longest span; 0: any but the whole", "tokens")
+    across_turns: bool = key(False, "the tokens between the user's and the assistant's content count too")
+    whole_conversation: bool = key(False, "everything before the user's content counts too")
+    length_weighting: str = key(
+        "none",
+        "weight of a span of p tokens with r left: 1; `cosine`: 2pr / (p² + r²); `jaccard`: 1 − abs(r − p) / (r + p)",
+        choices=("none", "cosine", "jaccard"),
+    )
+
+    @property
+    def adds_segments(self) -> bool:
+        """Whether the mode encodes texts of its own."""
+        return self.mode in ("mask", "mask_recover")
+
+
+@dataclasses.dataclass(frozen=True)
+class VicregConfig(TermConfig):
     weight: float = key(0.0, "weight of the spread of both views' embeddings, which keeps JEPA from collapsing; 0: off")
     target_std: float = key(
         0.8, "standard deviation below which a dimension is pushed apart (embeddings of length sqrt(D))"
@@ -165,10 +232,22 @@ class VicregConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SigregConfig(TermConfig):
+    weight: float = key(
+        0.0, "weight of the distance of both views' embeddings from the standard normal (LeJEPA's SIGReg); 0: off"
+    )
+    directions: int = key(256, "random directions that the embeddings are compared along, drawn anew every step")
+    knots: int = key(17, "points at which characteristic functions are compared, from 0 to `reach`")
+    reach: float = key(3.0, "the last of those points")
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     ntp: NtpConfig = section(NtpConfig, "next-token prediction")
     jepa: JepaConfig = section(JepaConfig, "joint-embedding prediction between the two views")
+    stp: StpConfig = section(StpConfig, "semantic tube prediction within one sequence")
     vicreg: VicregConfig = section(VicregConfig, "variance and covariance regularisation of the views")
+    sigreg: SigregConfig = section(SigregConfig, "sketched isotropic-Gaussian regularisation of the views")
     head_chunk: int = key(256, "targets of one device whose logits exist at one time", "targets")
 
 
@@ -247,6 +326,12 @@ class LogConfig:
     every_steps: int = key(10, "period of a metrics line", "steps")
     tensorboard: bool = key(True, "write `tensorboard/` beside `metrics.jsonl`")
     report: bool = key(True, "write `report.html` and `plots/` at the end")
+    rank_floor: float = key(
+        2.0, "warn when the effective rank of a view's embeddings falls below this: they lie on a line; 0: never"
+    )
+    std_floor: float = key(
+        0.01, "warn when a view's embeddings have a smaller standard deviation a dimension: they are equal; 0: never"
+    )
     report_pairs: int = key(500, "pairs of views that the report's singular values and t-SNE use", "pairs")
 
 
@@ -284,61 +369,7 @@ def freeze(values: Any) -> Config:
         UserError: unknown key, wrong type, or a string that is not among the key's choices.
     """
     plain = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else values
-    return _freeze(Config, plain, "")
-
-
-def _freeze(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            raise UserError(f"config: unknown key `{prefix}{name}`; keys here are {', '.join(sorted(fields))}")
-    changes = {}
-    for name, value in values.items():
-        field, path = fields[name], prefix + name
-        if field.metadata.get("section"):
-            if not isinstance(value, dict):
-                raise UserError(f"config: `{path}` is a section, not {value!r}; set the keys below it")
-            changes[name] = _freeze(field.default_factory, value, path + ".")  # type: ignore[arg-type]
-        else:
-            changes[name] = _checked(field, path, value)
-    return cls(**changes)
-
-
-def _checked(field: dataclasses.Field, path: str, value: Any) -> Any:
-    expected = type(field.default)
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not expected:
-        raise UserError(f"config: `{path}`={value!r} has type {type(value).__name__}; it takes {expected.__name__}")
-    choices = field.metadata["choices"]
-    if choices and value not in choices:
-        raise UserError(f"config: `{path}`={value!r}; use one of {', '.join(choices)}")
-    return value
-
-
-def load_json(path: str | pathlib.Path) -> ml_collections.ConfigDict:
-    """A saved configuration as `ConfigDict`, with defaults for keys it does not name.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or holds an unknown key.
-    """
-    try:
-        values = json.loads(pathlib.Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); pass a config.json of a run") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a configuration is a JSON object, not {type(values).__name__}")
-    return ml_collections.ConfigDict(to_dict(freeze(values)))
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to `{"a.b": value}`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    return freeze_section(Config, plain, "")
 
 
 def describe() -> str:
@@ -349,23 +380,8 @@ def describe() -> str:
         "Made from `llm_jepa_jax/config.py` by `python -m llm_jepa_jax.config > docs/config.md`.",
         "Set a key with `--config.SECTION.KEY=VALUE`. Unknown keys and contradictions stop the run with the fix.",
     ]
-    lines += _describe(Config, "", "")
+    lines += describe_section(Config, "", "")
     return "\n".join(lines) + "\n"
-
-
-def _describe(cls: type, prefix: str, meaning: str) -> list[str]:
-    plain = [f for f in dataclasses.fields(cls) if not f.metadata.get("section")]
-    lines = ["", f"## `{prefix.rstrip('.')}`: {meaning}" if prefix else "## Top level", ""]
-    lines += ["| key | default | unit | meaning |", "|---|---|---|---|"]
-    for field in plain:
-        default = json.dumps(field.default, ensure_ascii=False)
-        lines.append(
-            f"| `{prefix}{field.name}` | `{default}` | {field.metadata['unit']} | {field.metadata['meaning']} |"
-        )
-    for field in dataclasses.fields(cls):
-        if field.metadata.get("section"):
-            lines += _describe(field.default_factory, f"{prefix}{field.name}.", field.metadata["meaning"])  # type: ignore[arg-type]
-    return lines
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ import dataclasses
 from collections.abc import Callable
 
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
-from llm_jepa_jax.config import NUM_RESERVED_PREDICTORS, Config
+from llm_jepa_jax.config import NUM_RESERVED_PREDICTORS, Config, StpConfig, VectorsConfig
 from llm_jepa_jax.errors import UserError
 
+TERMS = ("ntp", "jepa", "stp", "vicreg", "sigreg")
+"""Sections of the objectives."""
 POSITIVE = [
     "text.vocab_size",
     "data.row_length",
@@ -28,6 +30,11 @@ POSITIVE = [
     "model.rope_scaling.factor",
     "model.rope_scaling.original_max_positions",
     "objective.head_chunk",
+    "objective.jepa.temperature",
+    "objective.stp.temperature",
+    "objective.stp.draws",
+    "objective.sigreg.directions",
+    "objective.sigreg.reach",
     "opt.learning_rate",
     "opt.eps",
     "train.micro_batches",
@@ -50,8 +57,13 @@ NOT_NEGATIVE = [
     "objective.ntp.z_loss",
     "model.logit_soft_cap",
     "objective.jepa.weight",
+    "objective.jepa.view_end_offset",
+    "objective.stp.weight",
+    "objective.stp.max_length",
     "objective.vicreg.weight",
     "objective.vicreg.covariance",
+    "objective.sigreg.weight",
+    *(f"objective.{term}.{key}" for term in TERMS for key in ("min_weight", "schedule_steps")),
     "opt.warmup_steps",
     "opt.weight_decay",
     "opt.clip_norm",
@@ -63,6 +75,8 @@ NOT_NEGATIVE = [
     "eval.every_steps",
     "eval.final_examples",
     "log.report_pairs",
+    "log.rank_floor",
+    "log.std_floor",
 ]
 SHARES = [
     "objective.vicreg.target_std",
@@ -94,7 +108,9 @@ def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
     _check_ranges(config)
     _check_data(config)
     _check_objective(config)
-    _check_vicreg(config)
+    _check_schedules(config)
+    _check_stp(config)
+    _check_whole_batch(config)
     _check_train(config, mesh_shape)
     _check_model(config, mesh_shape)
     _check_attention(config, config.data.row_length)
@@ -225,31 +241,80 @@ def _check_objective(config: Config) -> None:
         _fail(
             "objective.jepa.num_predictors", jepa.num_predictors, f"is out of range; use 0 to {NUM_RESERVED_PREDICTORS}"
         )
-    if ntp.weight == 0 and jepa.weight == 0:
-        _fail("objective.ntp.weight", 0, "and `objective.jepa.weight`=0 leave no loss; set one of them above 0")
-    if ntp.weight == 0:
+    objective = config.objective
+    if not any(getattr(objective, term).weight for term in TERMS):
+        _fail("objective.ntp.weight", 0, "and all other weights 0 leave no loss; set one of them above 0")
+    spread = objective.vicreg.weight or objective.sigreg.weight or (jepa.weight and jepa.distance == "infonce")
+    if ntp.weight == 0 and not spread:
         _fail(
-            "objective.ntp.weight",
-            0,
-            "lets the embeddings collapse: JEPA alone has a constant solution; use a weight above 0",
-        )
+            "objective.ntp.weight", 0,
+            "lets the embeddings collapse: what is left has a constant solution; use a weight above 0, "
+            "or add `objective.sigreg.weight` or `objective.vicreg.weight`, or `objective.jepa.distance`=infonce",
+        )  # fmt: skip
+    for term in ("vicreg", "sigreg"):
+        if getattr(objective, term).weight and not jepa.weight:
+            _fail(
+                f"objective.{term}.weight", getattr(objective, term).weight,
+                "has no views; set `objective.jepa.weight` above 0",
+            )  # fmt: skip
+    if objective.sigreg.knots < 2:
+        _fail("objective.sigreg.knots", objective.sigreg.knots, "makes no integral; use 2 or more")
+    layers = config.model.num_layers
+    for term in ("jepa", "stp"):
+        layer = getattr(objective, term).layer
+        if not -layers - 1 <= layer <= layers:
+            _fail(f"objective.{term}.layer", layer, f"is no layer of `model.num_layers`={layers}; use 0 to {layers}")
 
 
-def _check_vicreg(config: Config) -> None:
-    if not config.objective.vicreg.weight:
+def _check_schedules(config: Config) -> None:
+    for term in TERMS:
+        section = getattr(config.objective, term)
+        key = f"objective.{term}.min_weight"
+        if section.schedule == "constant" and (section.min_weight or section.schedule_steps):
+            _fail(
+                key if section.min_weight else f"objective.{term}.schedule_steps",
+                section.min_weight or section.schedule_steps,
+                f"has no effect with `objective.{term}.schedule`=constant; use linear",
+            )
+        if section.schedule == "linear" and not section.weight:
+            _fail(f"objective.{term}.schedule", "linear", f"rises to `objective.{term}.weight`=0, which is off")
+        if section.min_weight > section.weight:
+            _fail(key, section.min_weight, f"is above `objective.{term}.weight`={section.weight}; use less")
+
+
+def _check_stp(config: Config) -> None:
+    """Keys that a mode of STP has no use for stay at their defaults."""
+    stp, plain = config.objective.stp, StpConfig()
+    if not stp.weight:
         return
-    if not config.objective.jepa.weight:
-        _fail(
-            "objective.vicreg.weight",
-            config.objective.vicreg.weight,
-            "has no views; set `objective.jepa.weight` above 0",
-        )
-    if config.train.micro_batches > 1:
-        _fail(
-            "objective.vicreg.weight",
-            config.objective.vicreg.weight,
-            f"needs all pairs of a step at once, but `train.micro_batches`={config.train.micro_batches}; use 1",
-        )
+    spans = ("draw", "from_start", "max_length", "across_turns", "whole_conversation")
+    unused: tuple[str, ...] = ()
+    if stp.mode != "random_span":
+        unused = ("draws", "length_weighting")
+    if stp.mode in ("e2e", "mean", "curvature"):
+        unused += spans
+    if stp.mode == "curvature":
+        unused += ("distance", "linear_predictor")
+    for name in unused:
+        value = getattr(stp, name)
+        if value != getattr(plain, name):
+            _fail(f"objective.stp.{name}", value, f"has no effect with `objective.stp.mode`={stp.mode}; leave it out")
+
+
+def _check_whole_batch(config: Config) -> None:
+    """Terms that relate the pairs of a step to each other cannot be cut into micro-batches."""
+    objective, parts = config.objective, config.train.micro_batches
+    terms = [(f"objective.{t}.weight", getattr(objective, t).weight) for t in ("vicreg", "sigreg")]
+    for term in ("jepa", "stp"):
+        section = getattr(objective, term)
+        terms.append((f"objective.{term}.distance", section.distance if _contrasts(section) else ""))
+    for key, value in terms:
+        if value and parts > 1:
+            _fail(key, value, f"needs all pairs of a step at once, but `train.micro_batches`={parts}; use 1")
+
+
+def _contrasts(section: VectorsConfig) -> bool:
+    return bool(section.weight) and section.distance == "infonce"
 
 
 def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:

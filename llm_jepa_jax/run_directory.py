@@ -8,17 +8,18 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llm_jepa_jax.checkpoint.manager import restore_params
-from llm_jepa_jax.config import Config, flatten, freeze, load_json, to_dict
+from llm_jepa_jax.config import Config, freeze, to_dict
 from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.models.transformer import abstract_params
+from llm_jepa_jax.from_json import load_json
+from llm_jepa_jax.objectives.parameters import abstract_parameters
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import parameter_shardings
 from llm_jepa_jax.resolve import resolve
+from llm_jepa_jax.schema import flatten
 from llm_jepa_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 FILES = ("config.json", "run.json", "tokenizer.model", "checkpoints")
@@ -120,7 +121,7 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     config = dataclasses.replace(config, model=saved.model)  # its vocabulary size is known only there
     mesh = make_mesh(config.mesh)
     config = resolve(config, mesh.devices.shape)
-    shapes, axes = abstract_params(config.model, jnp.dtype(config.train.param_dtype))
+    shapes, axes = abstract_parameters(config)
     abstract = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,

@@ -17,6 +17,7 @@ from llm_jepa_jax.config import Config, freeze
 from llm_jepa_jax.data import synthetic
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
 from llm_jepa_jax.data.sources import open_splits
+from llm_jepa_jax.data.views import Costs
 from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 chex.set_n_cpu_devices(8)
@@ -90,6 +91,12 @@ def host_rows(data: TrainData) -> list[dict[str, np.ndarray]]:
     """Every row of the stream, one after the other, padding rows at its end included."""
     steps = [data.steps()[step] for step in range(data.num_steps)]
     return [{name: step[name][row] for name in FIELDS} for step in steps for row in range(len(step["tokens"]))]
+
+
+def plain_costs(conversation: np.ndarray, views: np.ndarray, targets: np.ndarray, longest: np.ndarray) -> Costs:
+    """Costs of examples that no span is drawn from."""
+    points_Nx4 = np.zeros((len(conversation), 4), np.int64)
+    return Costs(conversation, views, targets, longest, points_Nx4, np.zeros(len(conversation), np.int64))
 
 
 def replace_rows(batch: Batch, **changes: np.ndarray) -> Batch:

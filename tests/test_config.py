@@ -13,14 +13,14 @@ from llm_jepa_jax.config import (
     ModelConfig,
     base_config,
     describe,
-    flatten,
     freeze,
-    load_json,
     to_dict,
 )
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.from_json import load_json
 from llm_jepa_jax.parallel.mesh import make_mesh, mesh_shape
 from llm_jepa_jax.resolve import resolve, with_vocabulary
+from llm_jepa_jax.schema import flatten
 from tests.conftest import REPOSITORY
 
 PRESETS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))

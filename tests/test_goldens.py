@@ -42,8 +42,12 @@ def reference_batch(golden, expected, name):
         targets=tokens[:, 1:length],
         target_weight=mask[:, 1:].astype(np.float32),
         predictor_index=places[0],
+        predictor_start=np.full_like(places[0], length),
         code_index=places[1],
+        code_start=np.full_like(places[1], 2 * length),
         pair_weight=ones,
+        span_points=np.zeros((len(tokens), 0, 6), np.int32),
+        span_weight=np.zeros((len(tokens), 0), np.float32),
         num_examples=np.ones(len(tokens), np.int32),
     )
 

@@ -20,7 +20,7 @@ from llm_jepa_jax.data.epochs import Epochs
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.kinds import make_kinds
 from llm_jepa_jax.data.packing import largest_first
-from llm_jepa_jax.data.views import Costs, has_pair
+from llm_jepa_jax.data.views import has_pair
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import global_batch
@@ -28,7 +28,7 @@ from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.train.metrics import Window
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.train.step import make_train_step
-from tests.conftest import host_rows, small_config, small_data
+from tests.conftest import host_rows, plain_costs, small_config, small_data
 from tests.test_pipeline import BY_STEP, KINDS, several_kinds
 
 EPOCHS = {"train": {"num_steps": 0, "num_epochs": 3}}
@@ -151,7 +151,7 @@ def test_examples_lie_in_the_shortest_rows_that_suit_them(lengths, count, layout
         }
     )
     conversation = np.array(lengths)
-    costs = Costs(conversation, np.minimum(conversation, 512 - conversation), conversation - 1, conversation)
+    costs = plain_costs(conversation, np.minimum(conversation, 512 - conversation), conversation - 1, conversation)
     kinds = make_kinds(config, costs, np.ones(len(lengths)))
     used = set()
     for pair in (True, False) if dropout else (True,):
@@ -174,7 +174,7 @@ def mixed_costs(long_share):
     """20,000 examples of 16 tokens, and a share of 400."""
     rng = np.random.default_rng(0)
     size = np.where(rng.random(20000) < long_share, 400, 16)
-    return Costs(size // 2, size // 2, size // 4, size // 2)
+    return plain_costs(size // 2, size // 2, size // 4, size // 2)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_as_many_row_lengths_as_pay(layout, long_share, data, lengths):
 def test_slots_are_sized_for_the_least_work():
     """Examples without their pair bring more targets a token: tight slots leave rows unfilled, wide ones cost time."""
     size = np.clip(np.random.default_rng(0).lognormal(5.5, 0.35, 1300).astype(int), 50, 512)
-    costs = Costs(size, size, size * 6 // 10, size)
+    costs = plain_costs(size, size, size * 6 // 10, size)
     slots = []
     for vocab_size in (512, 1 << 20):
         model = MODEL | {"vocab_size": vocab_size}

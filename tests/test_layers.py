@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "llm_jepa_jax"
 ORDER = (
-    ("errors", "config", "batch", "presets", "from_json", "resolve", "flops", "huge_pages"),
+    ("errors", "config", "batch", "presets", "from_json", "resolve", "flops", "huge_pages", "schema"),
     ("text", "parallel"),
     ("data", "models"),
     ("objectives",),

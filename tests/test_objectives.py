@@ -8,9 +8,9 @@ import pytest
 from llm_jepa_jax.data.views import has_pair
 from llm_jepa_jax.models.transformer import forward, head_kernel, init_params
 from llm_jepa_jax.objectives import diagnostics
-from llm_jepa_jax.objectives.jepa import cosine
+from llm_jepa_jax.objectives.distance import cosine
 from llm_jepa_jax.objectives.term import Inputs
-from llm_jepa_jax.objectives.total import term_weights, total_loss
+from llm_jepa_jax.objectives.total import term_scales, term_weights, total_loss
 from llm_jepa_jax.objectives.vicreg import spread_loss
 from llm_jepa_jax.train.step import gradients
 from tests.conftest import host_batch, small_config, small_data
@@ -59,11 +59,12 @@ def test_terms_and_gradients_equal_the_plain_formulas(tmp_path, tokenizer, chunk
 def hidden_gradient(config, batch, params, name):
     """Gradient of one term by the hidden states, [R, L, D]."""
     hidden = forward(params, config.model, batch.tokens, batch.positions, batch.segments, dtype=jnp.float32)
-    head = head_kernel(params, config.model)
+    head, layers = head_kernel(params, config.model), config.model.num_layers
 
     def term(hidden):
-        weights = term_weights(batch, config.objective)
-        return total_loss(Inputs(hidden, head, batch, config.objective), weights)[1][name]
+        weights, scales = term_weights(batch, config.objective), term_scales(config.objective, 0, 1)
+        inputs = Inputs({(layers, True): hidden}, head, batch, config.objective, layers)
+        return total_loss(inputs, weights, scales)[1][name]
 
     return np.asarray(jax.grad(term)(hidden))
 

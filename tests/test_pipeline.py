@@ -20,7 +20,7 @@ from llm_jepa_jax.data.rows import RowBuilder
 from llm_jepa_jax.data.sources import JsonlSource
 from llm_jepa_jax.data.views import has_pair
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.text.chat import render, render_view
+from llm_jepa_jax.text.chat import ViewTokens, render, render_view
 from tests.conftest import host_batch, host_rows, small_config, small_data
 
 
@@ -53,8 +53,8 @@ def test_rows_say_what_the_records_say(tmp_path, tokenizer, layout, targets, pre
         rendered = render(tokenizer, source[i].messages)
         keep = rendered.assistant_target if targets == "assistant" else np.arange(len(rendered.tokens)) > 0
         expected["conversation"][tuple(rendered.tokens.tolist())] = np.flatnonzero(keep).tolist()
-        text = render_view(tokenizer, "user", source[i].text, "content") + list(tokenizer.predictor_ids[:predictors])
-        expected["pair"][tuple(text)] = tuple(render_view(tokenizer, "assistant", source[i].code, "content"))
+        text = render_view(tokenizer, "user", source[i].text) + list(tokenizer.predictor_ids[:predictors])
+        expected["pair"][tuple(text)] = tuple(render_view(tokenizer, "assistant", source[i].code))
     seen_conversations, seen_pairs = [], 0
     for row in host_rows(data):
         found = check_row(row if layout != "shared" else as_separate(row, predictors), expected)
@@ -292,8 +292,10 @@ def test_any_row_can_be_read_back(records, predictors, targets, data):
     with_pair = np.array([r[3] for r in records])
     order = rng.permutation(len(records))
     config = freeze({"objective": {"ntp": {"targets": targets}}})
-    plan = Plan(order, with_pair[order], np.array([0, len(order)]))
-    rows = RowBuilder(FakeCorpus(arrays), config, ids)(plan, 1, shape)
+    plan = Plan(order, with_pair[order], np.zeros((len(order), 0, 2), np.int32), np.array([0, len(order)]))
+    rows = RowBuilder(FakeCorpus(arrays), config, ViewTokens(ids, (), "append"), 1, np.zeros((len(records), 4), int))(
+        plan, 1, shape
+    )
     row = {name: rows[name][0] for name in FIELDS}
     expected, wanted, ends, place = [], [], [], 0
     for i in order:
@@ -366,9 +368,11 @@ def test_a_branch_hangs_off_the_end_of_the_text_view(tmp_path, tokenizer, view_e
     row = host_rows(small_data(config, tokenizer))[0]
     end = int(row["branch_end"][0])
     seen = [tokenizer.role_ids["user"], *tokenizer.encode("c d")]
-    seen += [tokenizer.end_of_turn_id] if view_end == "turn" else []
     assert row["tokens"][end + 1 - len(seen) : end + 1].tolist() == seen
-    assert row["positions"][row["predictor_index"][0]] == end + 1
+    branch = [tokenizer.predictor_ids[0], *([tokenizer.end_of_turn_id] if view_end == "turn" else [])]
+    assert row["tokens"][256 : 256 + len(branch)].tolist() == branch
+    assert row["predictor_index"][0] == 255 + len(branch)
+    assert row["positions"][row["predictor_index"][0]] == end + len(branch)
 
 
 @pytest.mark.parametrize("layout", ["separate", "shared"])

@@ -7,8 +7,9 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_jepa_jax.config import JepaConfig
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.text.chat import ROLE_CODES, Message, render, render_prompt, render_view
+from llm_jepa_jax.text.chat import ROLE_CODES, Message, render, render_prompt, render_view, view_tokens
 from llm_jepa_jax.text.tokenizer import cached_tokenizer, load_tokenizer, train_tokenizer
 
 TURNS = (Message("system", "Be brief."), Message("user", "lines with a digit"), Message("assistant", ".*[0-9].*"))
@@ -94,7 +95,12 @@ def test_prompt_and_views(tokenizer):
     whole = render(tokenizer, TURNS).tokens.tolist()
     prompt = render_prompt(tokenizer, TURNS[:-1])
     assert whole[: len(prompt)] == prompt
-    content = render_view(tokenizer, "user", TURNS[1].content, "content")
-    turn = render_view(tokenizer, "user", TURNS[1].content, "turn")
-    assert content[:2] == [tokenizer.bos_id, tokenizer.role_ids["user"]]
-    assert turn == [*content, tokenizer.end_of_turn_id]
+    header, content = [tokenizer.bos_id, tokenizer.role_ids["user"]], tokenizer.encode(TURNS[1].content)
+    view, end, ids = render_view(tokenizer, "user", TURNS[1].content), tokenizer.end_of_turn_id, tokenizer.predictor_ids
+    assert view == [*header, *content]
+    parts = view_tokens(tokenizer, JepaConfig(num_predictors=2, view_end="turn"))
+    assert parts.predicting(view).tolist() == [*view, *ids[:2], end] and parts.predicted(view).tolist() == [*view, end]
+    assert parts.branch.tolist() == [*ids[:2], end]
+    parts = view_tokens(tokenizer, JepaConfig(num_predictors=2, placement="prepend", shared_predictor=True))
+    assert parts.predicting(view).tolist() == [*header, ids[0], ids[0], *content]
+    assert not len(view_tokens(tokenizer, JepaConfig(num_predictors=0, view_end="turn")).branch)

@@ -54,10 +54,10 @@ def expected_views(config, tokenizer, direction, placement, predictors):
     source, ids = open_splits(config.data, config.seed).train, list(tokenizer.predictor_ids[:predictors])
     expected = set()
     for record in (source[i] for i in range(len(source))):
-        text = render_view(tokenizer, "user", record.text, config.objective.jepa.view_end)
-        code = render_view(tokenizer, "assistant", record.code, config.objective.jepa.view_end)
+        text, code = render_view(tokenizer, "user", record.text), render_view(tokenizer, "assistant", record.code)
         first, second = (text, code) if direction == "text_to_code" else (code, text)
         first = [*first[:2], *ids, *first[2:]] if placement == "prepend" else [*first, *ids]
+        first, second = ([*view, tokenizer.end_of_turn_id] for view in (first, second))
         expected.add((tuple(first), tuple(second)))
         names = ("text", "code") if direction == "text_to_code" else ("code", "text")
         for name, content, tokens in zip(names, sorted_by(names, record), (first, second), strict=True):
@@ -86,9 +86,9 @@ def test_code_to_text_reads_its_target_inside_the_conversation(tmp_path, tokeniz
     place = int(row["code_index"][0])
     seen = [tokenizer.role_ids["user"], *tokenizer.encode("c d"), *end]
     assert row["tokens"][place + 1 - len(seen) : place + 1].tolist() == seen and row["segments"][place] == 1
-    ids, code = list(tokenizer.predictor_ids[:2]), [*tokenizer.encode("e f"), *end]
+    ids, code = list(tokenizer.predictor_ids[:2]), tokenizer.encode("e f")
     header = [tokenizer.bos_id, tokenizer.role_ids["assistant"]]
-    view = header + (code + ids if placement == "append" else ids + code)
+    view = header + (code + ids if placement == "append" else ids + code) + end
     segment = np.flatnonzero(row["segments"] == 2)
     assert row["tokens"][segment].tolist() == view and row["predictor_index"][0] == segment[-1]
 
@@ -122,7 +122,7 @@ def test_costs_are_the_tokens_laid(tmp_path, tokenizer, case, predictors, target
     shape = RowShape(256, 256, 1, branch=branch)
     for example in range(len(records)):
         for pair in (False, True):
-            plan = Plan(np.array([example]), np.array([pair]), np.array([0, 1]))
+            plan = Plan(np.array([example]), np.array([pair]), np.zeros((1, 0, 2), np.int32), np.array([0, 1]))
             row = {name: array[0] for name, array in data.builder(plan, 1, shape).items()}
             lengths = np.bincount(row["segments"])[1:]
             assert lengths.sum() == costs.tokens(np.full(len(records), pair))[example]

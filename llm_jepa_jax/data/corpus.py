@@ -14,29 +14,26 @@ from llm_jepa_jax.data.sources import Source
 from llm_jepa_jax.text.chat import render, render_view
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
-VERSION = "2"
+VERSION = "3"
 """Changes with the layout of the files or the rendering of a conversation."""
 RAGGED = ("conversation", "text_view", "code_view")
 ALIGNED = ("roles", "assistant_target")
 """Arrays with one value for every token of the conversations."""
-ELSEWHERE = -1
-"""`text_end` of a record whose text view is not the last user turn of its conversation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedCorpus:
     """Memory-mapped ragged arrays of N records; pickles as its directory.
 
-    `conversation`, `text_view` and `code_view` hold int32 token ids (views without predictor tokens), `roles` (uint8)
-    and `assistant_target` (bool) go with the tokens of `conversation`. `text_end` (int32 [N]) is the place in the
-    conversation where the text view ends, or `ELSEWHERE`.
+    `conversation`, `text_view` and `code_view` hold int32 token ids (views without predictor tokens or end-of-turn
+    token), `roles` (uint8) and `assistant_target` (bool) go with the tokens of `conversation`.
     """
 
     directory: pathlib.Path
 
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
-        names = [*RAGGED, *ALIGNED, "text_end", *(f"{name}_offsets" for name in RAGGED)]
+        names = [*RAGGED, *ALIGNED, "contents", "text_inside", *(f"{name}_offsets" for name in RAGGED)]
         # As plain arrays over the mapped memory: slicing a `np.memmap` costs several times as much.
         return {name: np.asarray(np.load(self.directory / f"{name}.npy", mmap_mode="r")) for name in names}
 
@@ -56,9 +53,15 @@ class TokenizedCorpus:
         return np.diff(self._arrays[f"{name}_offsets"])
 
     @property
-    def text_end(self) -> np.ndarray:
-        """int32 [N]: place in each conversation where its text view ends, or `ELSEWHERE`."""
-        return self._arrays["text_end"]
+    def contents(self) -> np.ndarray:
+        """int32 [N, 4]: places in each conversation, before the last user turn's content, of its last token, and the
+        same of the last assistant turn."""
+        return self._arrays["contents"]
+
+    @property
+    def text_inside(self) -> np.ndarray:
+        """bool [N]: the text view is the content of the last user turn."""
+        return self._arrays["text_inside"]
 
     def num_targets(self, targets: str) -> np.ndarray:
         """int64 [N] next-token targets of each record, for `objective.ntp.targets`."""
@@ -68,19 +71,19 @@ class TokenizedCorpus:
         return np.diff(ends[self._arrays["conversation_offsets"]])
 
 
-def tokenize_source(source: Source, tokenizer: Tokenizer, view_end: str, cache_dir: pathlib.Path) -> TokenizedCorpus:
+def tokenize_source(source: Source, tokenizer: Tokenizer, cache_dir: pathlib.Path) -> TokenizedCorpus:
     """The tokenised records of `source`, from the cache where it has them.
 
     Raises:
         UserError: a record is wrong (with its `file:line`).
     """
-    key = f"{source.content_hash} {tokenizer.fingerprint} {view_end} {VERSION}"
+    key = f"{source.content_hash} {tokenizer.fingerprint} {VERSION}"
     directory = cache_dir / "tokenized" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         part = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".part-"))
         try:
-            _write(source, tokenizer, view_end, part)
+            _write(source, tokenizer, part)
             _publish(part, directory)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -95,20 +98,21 @@ def _publish(part: pathlib.Path, directory: pathlib.Path) -> None:
             raise
 
 
-def _write(source: Source, tokenizer: Tokenizer, view_end: str, directory: pathlib.Path) -> None:
+def _write(source: Source, tokenizer: Tokenizer, directory: pathlib.Path) -> None:
     values: dict[str, list[np.ndarray]] = {name: [] for name in (*RAGGED, *ALIGNED)}
-    text_ends = []
+    contents, text_inside = [], []
     for index in range(len(source)):
         record = source[index]
         rendered = render(tokenizer, record.messages)
         values["conversation"].append(rendered.tokens)
         values["roles"].append(rendered.roles)
         values["assistant_target"].append(rendered.assistant_target)
-        end = rendered.turn_ends[-2] - (0 if view_end == "turn" else 1)
-        text_ends.append(end if record.text == record.messages[-2].content else ELSEWHERE)
+        contents.append(rendered.contents[-2:].reshape(-1))
+        text_inside.append(record.text == record.messages[-2].content)
         for name, role, content in (("text_view", "user", record.text), ("code_view", "assistant", record.code)):
-            values[name].append(np.array(render_view(tokenizer, role, content, view_end), np.int32))
-    np.save(directory / "text_end.npy", np.array(text_ends, np.int32))
+            values[name].append(np.array(render_view(tokenizer, role, content), np.int32))
+    np.save(directory / "contents.npy", np.array(contents, np.int32))
+    np.save(directory / "text_inside.npy", np.array(text_inside, np.bool_))
     for name, arrays in values.items():
         np.save(directory / f"{name}.npy", np.concatenate(arrays))
         if name in RAGGED:

@@ -12,6 +12,7 @@ import numpy as np
 from llm_jepa_jax.batch import RowShape, StepShape, row_lengths
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.packing import Plan, largest_first, plan_rows, shuffled, slot_sizes
+from llm_jepa_jax.data.spans import draw_spans, masked_tokens
 from llm_jepa_jax.data.views import Costs, branch_size, copies, has_pair
 from llm_jepa_jax.flops import model_flops
 
@@ -80,7 +81,7 @@ def _with_lengths(config: Config, costs: Costs, weights_N: np.ndarray, count: in
     tokens, kinds, pairs, weights, longest = ([] for _ in range(5))
     for pair, part in variants:
         pairs.append(np.full(len(used), pair))
-        tokens.append((costs.conversation_N + costs.views_N * pair)[used])
+        tokens.append(costs.tokens(np.full(len(weights_N), pair))[used])
         kinds.append(every.of(tokens[-1], pairs[-1]))
         weights.append(weights_N[used] * part)
         longest.append((costs.longest_N if pair else costs.conversation_N)[used])
@@ -97,9 +98,15 @@ def _with_lengths(config: Config, costs: Costs, weights_N: np.ndarray, count: in
             lengths[bucket], data.target_slots, data.pair_slots, int(longest_N.max()),
             branch_size(config) if pairs_N.any() else 0,
         )  # fmt: skip
-        shape = slot_sizes(tokens_N, targets_N[chosen], pairs_N, weight_N, shape, packed, margin)
+        shape = slot_sizes(tokens_N, targets_N[chosen], pairs_N, weight_N, shape, packed, margin, num_spans(config))
         steps.append(StepShape(data.rows_per_step << bucket, shape))
     return dataclasses.replace(every, steps=tuple(steps), table=table.reshape(2, count))
+
+
+def num_spans(config: Config) -> int:
+    """Span slots that an example takes."""
+    stp = config.objective.stp
+    return (stp.draws if stp.mode == "random_span" else 1) if stp.weight else 0
 
 
 def plan_epoch(
@@ -114,12 +121,16 @@ def plan_epoch(
     pairs_N = has_pair(config, epoch, np.arange(len(weights_N)))
     tokens_N = costs.tokens(pairs_N)
     kind_N = kinds.of(tokens_N, pairs_N)[order]
+    spans_NxJx2 = np.zeros((len(weights_N), 0, 2), np.int32)
+    if config.objective.stp.weight:
+        spans_NxJx2 = draw_spans(config.objective.stp, config.seed, epoch, costs.points_Nx4)
+        tokens_N += masked_tokens(config.objective.stp, costs.points_Nx4, spans_NxJx2) - costs.masked_N
     plans = []
     for kind, step in enumerate(kinds.steps):
         chosen = order[kind_N == kind]
         if config.data.shuffle and kinds.packed:
             chosen = largest_first(chosen, tokens_N, step.row.length)
-        plan = plan_rows(chosen, tokens_N, costs.targets_N, pairs_N, step.row, kinds.packed)
+        plan = plan_rows(chosen, tokens_N, costs.targets_N, pairs_N, step.row, kinds.packed).with_spans(spans_NxJx2)
         plans.append(shuffled(plan, rng) if config.data.shuffle else plan)
     return tuple(plans)
 

@@ -20,34 +20,42 @@ class Plan:
     """int64: example ids, row after row."""
     pairs: np.ndarray
     """bool, as `examples`: whether the example has its pair there."""
+    spans: np.ndarray
+    """int32 [examples, J, 2]: the spans drawn for it; J is 0 without `objective.stp`."""
     offsets: np.ndarray
     """int64 [rows + 1]: where each row begins in `examples`."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.examples[self.offsets[row] : self.offsets[row + 1]]
+    def with_spans(self, spans_NxJx2: np.ndarray) -> "Plan":
+        """The same rows with the spans drawn for each example id."""
+        return dataclasses.replace(self, spans=spans_NxJx2[self.examples])
 
     def rows(self, start: int, stop: int) -> "Plan":
         """The rows from `start` up to `stop`, as far as there are any."""
         start, stop = min(start, len(self)), min(stop, len(self))
         offsets = self.offsets[start : stop + 1]
         places = slice(offsets[0], offsets[-1])
-        return Plan(self.examples[places], self.pairs[places], offsets - offsets[0])
+        return Plan(self.examples[places], self.pairs[places], self.spans[places], offsets - offsets[0])
 
     def then(self, other: "Plan") -> "Plan":
         """These rows, and behind them the other plan's."""
         return Plan(
             np.concatenate([self.examples, other.examples]),
             np.concatenate([self.pairs, other.pairs]),
+            np.concatenate([self.spans, other.spans]),
             np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]),
         )
 
 
-def no_rows() -> Plan:
-    """The empty plan."""
-    return Plan(np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros(1, np.int64))
+def _no_spans(num_examples: int, num_spans: int = 0) -> np.ndarray:
+    return np.zeros((num_examples, num_spans, 2), np.int32)
+
+
+def no_rows(num_spans: int) -> Plan:
+    """The empty plan of examples with so many spans."""
+    return Plan(np.zeros(0, np.int64), np.zeros(0, np.bool_), _no_spans(0, num_spans), np.zeros(1, np.int64))
 
 
 def slot_sizes(
@@ -58,18 +66,21 @@ def slot_sizes(
     shape: RowShape,
     packed: bool,
     margin: float,
+    num_spans: int,
 ) -> RowShape:
     """Fills slot counts that are 0, from the expected cost of each example and its copies an epoch (`weights`).
 
     `margin` times the average load of a full row, and never too few for a single example; a row whose slots are used
-    up is closed, so a slot count costs fill, never an example. Without any pair, a row has no pair slots.
+    up is closed, so a slot count costs fill, never an example. Without any pair, a row has no pair slots; with spans,
+    `num_spans` an example, it has span slots and a most of examples.
     """
     if not packed:
-        needed_targets, needed_pairs = int(targets_N.max()), 1
+        needed_targets, needed_pairs, examples = int(targets_N.max()), 1, 1
     else:
         rows = tokens_N @ weights_N / shape.length
         needed_targets = max(int(targets_N.max()), int(np.ceil(margin * (targets_N @ weights_N) / rows)))
         needed_pairs = max(1, int(np.ceil(margin * (pairs_N @ weights_N) / rows)))
+        examples = max(1, int(np.ceil(margin * weights_N.sum() / rows)))
 
     def size(given: int, needed: int, multiple: int) -> int:
         return given or min(shape.length, -(-needed // multiple) * multiple)
@@ -77,7 +88,10 @@ def slot_sizes(
     # A pair slot with a branch costs tokens, so none is added for the sake of a round number.
     pair_slots = size(shape.pair_slots, needed_pairs, 1 if shape.branch else SLOT_MULTIPLE) if pairs_N.any() else 0
     target_slots = size(shape.target_slots, needed_targets, SLOT_MULTIPLE)
-    return dataclasses.replace(shape, target_slots=target_slots, pair_slots=pair_slots)
+    return dataclasses.replace(
+        shape, target_slots=target_slots, pair_slots=pair_slots,
+        most_examples=examples if num_spans else 0, span_slots=examples * num_spans,
+    )  # fmt: skip
 
 
 def largest_first(order_N: np.ndarray, tokens_N: np.ndarray, length: int) -> np.ndarray:
@@ -118,7 +132,7 @@ def plan_rows(
     counts = np.bincount(rows, minlength=int(rows.max()) + 1 if len(rows) else 0)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     examples = np.asarray(order_N, np.int64)[by_row]
-    return Plan(examples, pairs_N[examples].astype(np.bool_), offsets)
+    return Plan(examples, pairs_N[examples].astype(np.bool_), _no_spans(len(examples)), offsets)
 
 
 def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: RowShape) -> list[int]:
@@ -134,6 +148,7 @@ def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: Ro
     full_rooms = slot_rooms = 0
     targets_left: list[int] = []
     pairs_left: list[int] = []
+    examples_left: list[int] = []
     placed = []
     for size, num_targets, num_pairs in zip(tokens, targets, pairs, strict=True):
         candidates = (slot_rooms if num_pairs else full_rooms | slot_rooms) >> size
@@ -151,6 +166,7 @@ def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: Ro
             row, room = len(targets_left), shape.length
             targets_left.append(shape.target_slots)
             pairs_left.append(shape.pair_slots)
+            examples_left.append(shape.most_examples or len(tokens))
         else:
             rows[room].pop()
             if not rows[room]:
@@ -161,8 +177,10 @@ def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: Ro
         placed.append(row)
         targets_left[row] -= num_targets
         pairs_left[row] -= num_pairs
+        examples_left[row] -= 1
         left = room - size
-        if left < least_tokens or targets_left[row] < least_targets or pairs_left[row] < least_pairs:
+        full = left < least_tokens or targets_left[row] < least_targets or pairs_left[row] < least_pairs
+        if full or not examples_left[row]:
             continue
         if pairs_left[row]:
             with_pair_slot[left].append(row)
@@ -179,4 +197,4 @@ def shuffled(plan: Plan, rng: np.random.Generator) -> Plan:
     lengths = np.diff(plan.offsets)[rows]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     places = np.repeat(plan.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return Plan(plan.examples[places], plan.pairs[places], offsets)
+    return Plan(plan.examples[places], plan.pairs[places], plan.spans[places], offsets)

@@ -15,14 +15,16 @@ import numpy as np
 
 from llm_jepa_jax.batch import StepShape
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.data.corpus import ELSEWHERE, TokenizedCorpus, tokenize_source
+from llm_jepa_jax.data.corpus import TokenizedCorpus, tokenize_source
 from llm_jepa_jax.data.epochs import Epochs
 from llm_jepa_jax.data.kinds import make_kinds
 from llm_jepa_jax.data.packing import Plan
 from llm_jepa_jax.data.rows import RowBuilder
 from llm_jepa_jax.data.sources import Source
-from llm_jepa_jax.data.views import Costs, copies, example_costs
+from llm_jepa_jax.data.spans import text_lengths
+from llm_jepa_jax.data.views import Costs, copies, example_costs, view_lengths
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.text.chat import view_tokens
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger("llm_jepa_jax")
@@ -135,14 +137,14 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
     """
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
     jepa, train = config.objective.jepa, config.train
-    corpus = tokenize_source(source, tokenizer, jepa.view_end, cache_dir)
+    corpus = tokenize_source(source, tokenizer, cache_dir)
     costs = example_costs(corpus, config)
     with_pair_N = costs.tokens(np.ones(len(corpus), np.bool_))
     fits_N = with_pair_N <= config.data.row_length
     dropped = _drop(config, source, fits_N, int(with_pair_N.max()))
     _check_sizes(config, source, costs, fits_N, int(with_pair_N.max()))
-    if config.data.layout == "shared" and jepa.weight:
-        _check_views_inside(source, corpus)
+    _check_views(config, source, corpus)
+    _report_spans(config, costs, fits_N)
     weights_N = np.where(fits_N, weights_N, 0.0)
     if not copies(config, 0, weights_N).any():
         raise UserError(
@@ -150,21 +152,41 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
             "a weight is copies of each record an epoch: raise it"
         )
     epochs = Epochs(config, costs, weights_N, make_kinds(config, costs, weights_N))
-    builder = RowBuilder(corpus, config, tokenizer.predictor_ids[: jepa.num_predictors])
+    builder = RowBuilder(corpus, config, view_tokens(tokenizer, jepa), tokenizer.mask_id, costs.points_Nx4)
     num_steps = train.num_steps
     if not num_steps:
         num_steps = epochs.end(train.num_epochs - 1) + len(epochs.remains(train.num_epochs - 1))
     return TrainData(config, epochs, builder, num_steps, dropped, fits_N)
 
 
-def _check_views_inside(source: Source, corpus: TokenizedCorpus) -> None:
-    """The shared layout reads the text view inside the conversation: it must be there."""
-    elsewhere = np.flatnonzero(corpus.text_end == ELSEWHERE)
-    if len(elsewhere):
+def _check_views(config: Config, source: Source, corpus: TokenizedCorpus) -> None:
+    """Views must have a token where they are read; the shared layout reads the text view inside the conversation."""
+    jepa = config.objective.jepa
+    if not jepa.weight:
+        return
+    for view, length_N in view_lengths(corpus, config).items():
+        shortest = int(np.argmin(length_N))
+        if length_N[shortest] <= jepa.view_end_offset:
+            raise UserError(
+                f"config: `objective.jepa.view_end_offset`={jepa.view_end_offset} lies before the {length_N[shortest]} "
+                f"tokens of the {view} view of {source.location(shortest)}; use at most {length_N[shortest] - 1}"
+            )
+    elsewhere = np.flatnonzero(~corpus.text_inside)
+    if len(elsewhere) and config.data.layout == "shared":
         raise UserError(
             f"{source.location(int(elsewhere[0]))}: `text` is not the last user turn (so in {len(elsewhere)} of "
             f"{len(corpus)} records), but `data.layout`=shared reads it there; use data.layout=separate"
         )
+
+
+def _report_spans(config: Config, costs: Costs, fits_N: np.ndarray) -> None:
+    """Counts the examples that have no span to draw."""
+    stp = config.objective.stp
+    if not stp.weight or stp.mode in ("mean", "curvature", "e2e"):
+        return
+    short = int((text_lengths(costs.points_Nx4)[fits_N] < 2).sum())
+    if short:
+        LOG.warning("%d of %d examples have fewer than 2 tokens to draw a span from: no STP term", short, fits_N.sum())
 
 
 def _check_sizes(config: Config, source: Source, costs: Costs, fits_N: np.ndarray, longest: int) -> None:

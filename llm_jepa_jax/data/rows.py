@@ -3,39 +3,44 @@
 
 import numpy as np
 
-from llm_jepa_jax.batch import RowShape, empty_rows
+from llm_jepa_jax.batch import SPAN_BEFORE, SPAN_END, RowShape, empty_rows
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.corpus import TokenizedCorpus
 from llm_jepa_jax.data.packing import Plan
-from llm_jepa_jax.text.chat import with_predictors
+from llm_jepa_jax.data.spans import masked_texts, span_points, span_weights, text_lengths
+from llm_jepa_jax.text.chat import ViewTokens
 
 Row = dict[str, np.ndarray]
+End = tuple[int, int]
+"""The next free place of a row, and the number of its last segment."""
 
 
 class RowBuilder:
     """Builds rows of one corpus under one objective and layout."""
 
-    def __init__(self, corpus: TokenizedCorpus, config: Config, predictor_ids: tuple[int, ...]):
-        """`predictor_ids` are the k predictor tokens of the view that predicts, in order."""
-        self._corpus, self._targets, self._jepa = corpus, config.objective.ntp.targets, config.objective.jepa
+    def __init__(
+        self, corpus: TokenizedCorpus, config: Config, parts: ViewTokens, mask_id: int, points_Nx4: np.ndarray
+    ):
+        """`parts` belong to views, `mask_id` stands for a token taken out, `points` bound the texts of spans."""
+        self._corpus, self._objective = corpus, config.objective
         self._shared = config.data.layout == "shared"
-        self._predictors = np.array(predictor_ids, np.int32)
+        self._parts, self._mask_id, self._points_Nx4 = parts, mask_id, points_Nx4
 
     def __call__(self, plan: Plan, num_rows: int, shape: RowShape) -> Row:
         """The plan's rows, and rows of padding behind them up to `num_rows`; arrays as in `Batch`."""
         rows = empty_rows(num_rows, shape)
         for number in range(len(plan)):
-            members = slice(plan.offsets[number], plan.offsets[number + 1])
             row = {name: array[number, ...] for name, array in rows.items()}  # views: writing fills the arrays
-            self._fill(row, plan.examples[members].tolist(), plan.pairs[members].tolist())
+            self._fill(row, plan, slice(plan.offsets[number], plan.offsets[number + 1]))
         return rows
 
-    def _fill(self, row: Row, examples: list[int], pairs: list[bool]) -> None:
-        place = segment = target = pair = 0
-        for example, with_pair in zip(examples, pairs, strict=True):
+    def _fill(self, row: Row, plan: Plan, members: slice) -> None:
+        place = segment = target = pair = span = 0
+        examples, pairs = plan.examples[members].tolist(), plan.pairs[members].tolist()
+        for example, with_pair, spans_Jx2 in zip(examples, pairs, plan.spans[members], strict=True):
             start, tokens = place, self._corpus.get("conversation", example)
             indices = start + self._target_offsets(example, len(tokens))
-            place, segment = _put(row, tokens, place, segment)
+            place, segment = _put(row, tokens, (place, segment))
             slots = slice(target, target + len(indices))
             row["target_index"][slots] = indices
             row["targets"][slots] = row["tokens"][indices + 1]
@@ -44,50 +49,73 @@ class RowBuilder:
             if with_pair:
                 place, segment = self._put_pair(row, pair, example, start, (place, segment))
                 pair += 1
+            if len(spans_Jx2):
+                slots = slice(span, span + len(spans_Jx2))
+                place, segment = self._put_spans(row, slots, example, start, (place, segment), spans_Jx2)
+                span += len(spans_Jx2)
         row["num_examples"][...] = len(examples)
 
-    def _put_pair(self, row: Row, pair: int, example: int, start: int, end: tuple[int, int]) -> tuple[int, int]:
-        """Lays an example's views behind its conversation, which begins at `start`, and points to their ends.
+    def _put_pair(self, row: Row, pair: int, example: int, start: int, end: End) -> End:
+        """Lays an example's views behind its conversation, which begins at `start`, and points to them.
 
         In the shared layout the text view is read inside the conversation: if it predicts, its predictor tokens are a
         branch there.
         """
-        ends = {}
+        source, offset = self._objective.jepa.source, self._objective.jepa.view_end_offset
         for view in ("text", "code"):
+            predicts = view == source
             if view == "text" and self._shared:
-                ends[view] = start + int(self._corpus.text_end[example])
-                if self._jepa.source == view:
-                    ends[view] = self._put_branch(row, pair, start, ends[view])
-                continue
-            tokens = self._corpus.get(f"{view}_view", example)
-            if self._jepa.source == view:
-                tokens = with_predictors(tokens, self._predictors, self._jepa.placement)
-            end = _put(row, tokens, *end)
-            ends[view] = end[0] - 1
-        row["predictor_index"][pair] = ends.pop(self._jepa.source)
-        (row["code_index"][pair],) = ends.values()
+                first, last = self._read_inside(row, pair, example, start, predicts)
+            else:
+                tokens = self._corpus.get(f"{view}_view", example)
+                tokens = self._parts.predicting(tokens) if predicts else self._parts.predicted(tokens)
+                first, end = end[0], _put(row, tokens, end)
+                last = end[0] - 1 - offset
+            name = "predictor" if predicts else "code"
+            row[f"{name}_start"][pair], row[f"{name}_index"][pair] = first, last
         row["pair_weight"][pair] = 1.0
         return end
 
-    def _put_branch(self, row: Row, pair: int, start: int, text_end: int) -> int:
-        """Hangs a pair's predictor tokens off the place `text_end`; returns the place of the last one."""
-        row["branch_end"][pair] = text_end
-        k, first = len(self._predictors), len(row["segments"]) + pair * len(self._predictors)
-        row["tokens"][first : first + k] = self._predictors
-        row["positions"][first : first + k] = text_end - start + 1 + np.arange(k)
-        return first + k - 1 if k else text_end
+    def _read_inside(self, row: Row, pair: int, example: int, start: int, predicts: bool) -> tuple[int, int]:
+        """First and last place of the text view inside the conversation at `start`, its branch hung there if any."""
+        role, content_end = self._corpus.contents[example, :2].tolist()
+        offset, branch = self._objective.jepa.view_end_offset, self._parts.branch if predicts else np.zeros(0, np.int32)
+        first = start + (0 if role == 1 else role)  # where nothing comes before the turn, the view is the beginning
+        text_end = start + content_end
+        row["branch_end"][pair] = text_end if predicts else 0
+        slot = len(row["segments"]) + pair * len(branch)
+        row["tokens"][slot : slot + len(branch)] = branch
+        row["positions"][slot : slot + len(branch)] = content_end + 1 + np.arange(len(branch))
+        if not len(branch):
+            return first, text_end + len(self._parts.end) - offset
+        return first, slot + len(branch) - 1 - offset if offset < len(branch) else text_end + len(branch) - offset
+
+    def _put_spans(self, row: Row, slots: slice, example: int, start: int, end: End, spans_Jx2: np.ndarray) -> End:
+        """Points to an example's spans; in the mask modes lays their texts behind it."""
+        stp, points_4 = self._objective.stp, self._points_Nx4[example]
+        weights_J = span_weights(stp, spans_Jx2, int(text_lengths(points_4[None])[0]))
+        row["span_weight"][slots] = weights_J
+        if not stp.adds_segments:
+            row["span_points"][slots] = start + span_points(points_4, spans_Jx2)
+        elif weights_J[0]:
+            texts = masked_texts(stp, self._corpus.get("conversation", example), points_4, spans_Jx2[0], self._mask_id)
+            for column, tokens in zip((SPAN_BEFORE, SPAN_END), texts, strict=True):
+                end = _put(row, tokens, end)
+                row["span_points"][slots.start, column] = end[0] - 1
+        return end
 
     def _target_offsets(self, example: int, length: int) -> np.ndarray:
         """Places of the conversation whose next token is a target."""
-        if self._targets == "all":
+        if self._objective.ntp.targets == "all":
             return np.arange(length - 1)
         return np.flatnonzero(self._corpus.get("assistant_target", example)) - 1
 
 
-def _put(row: Row, tokens: np.ndarray, place: int, segment: int) -> tuple[int, int]:
-    """Lays a segment at `place`; returns the next place and the segment's number."""
-    end = place + len(tokens)
-    row["tokens"][place:end] = tokens
-    row["positions"][place:end] = np.arange(len(tokens))
-    row["segments"][place:end] = segment + 1
-    return end, segment + 1
+def _put(row: Row, tokens: np.ndarray, end: End) -> End:
+    """Lays a segment behind the others."""
+    place, segment = end
+    stop = place + len(tokens)
+    row["tokens"][place:stop] = tokens
+    row["positions"][place:stop] = np.arange(len(tokens))
+    row["segments"][place:stop] = segment + 1
+    return stop, segment + 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one example costs in a row, and which examples have their JEPA pair in an epoch."""
+"""What one example costs in a row, and what is drawn for it in an epoch."""
 
 import dataclasses
 
@@ -7,27 +7,10 @@ import numpy as np
 
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.corpus import TokenizedCorpus
+from llm_jepa_jax.data.draws import uniform
+from llm_jepa_jax.data.spans import content_points, masked_tokens
 
 _PAIR_STREAM, _COPY_STREAM = 1, 2
-
-
-def uniform(seed: int, epoch: int, stream: int, index_N: np.ndarray) -> np.ndarray:
-    """float64 [N] in [0, 1), each from (seed, epoch, stream, index) alone (SplitMix64; Steele et al., 2014).
-
-    Counter-based, so a draw depends on no order, no host and no restart.
-    """
-    with np.errstate(over="ignore"):
-        state_N = np.asarray(index_N, np.uint64)
-        for word in (seed, epoch, stream):
-            state_N = _mix(state_N + np.uint64((word * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF))
-    return (state_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
 
 
 def has_pair(config: Config, epoch: int, examples_N: np.ndarray) -> np.ndarray:
@@ -55,24 +38,28 @@ class Costs:
     targets_N: np.ndarray
     longest_N: np.ndarray
     """Tokens of the longest segment of each, with its pair."""
+    points_Nx4: np.ndarray
+    """Where the text lies that spans are taken from (`spans.content_points`)."""
+    masked_N: np.ndarray
+    """Most tokens that the mask modes of `objective.stp` add."""
 
     def tokens(self, pair_N: np.ndarray) -> np.ndarray:
-        """int64 [N] tokens of each example, given which have their pair."""
-        return self.conversation_N + self.views_N * pair_N
+        """int64 [N] tokens of each example, given which have their pair; the most they can be in any epoch."""
+        return self.conversation_N + self.views_N * pair_N + self.masked_N
 
 
 def branch_size(config: Config) -> int:
-    """Predictor tokens of a pair that lie on a branch behind the row; 0 where they lie in the row, with their view."""
+    """Tokens of a pair that lie on a branch behind the row: predictor tokens, and the end-of-turn token behind them; 0
+    where they lie in the row, with their view."""
     jepa = config.objective.jepa
-    on_branch = config.data.layout == "shared" and jepa.source == "text" and jepa.weight
-    return jepa.num_predictors if on_branch else 0
+    on_branch = config.data.layout == "shared" and jepa.source == "text" and jepa.weight and jepa.num_predictors
+    return jepa.num_predictors + (jepa.view_end == "turn") if on_branch else 0
 
 
 def example_costs(corpus: TokenizedCorpus, config: Config) -> Costs:
     """Exact costs of every record under the layout and the objective."""
     jepa = config.objective.jepa
-    lengths = {view: corpus.lengths(f"{view}_view") for view in ("text", "code")}
-    lengths[jepa.source] = lengths[jepa.source] + jepa.num_predictors
+    lengths = view_lengths(corpus, config)
     if not jepa.weight:
         lengths = {view: np.zeros_like(length_N) for view, length_N in lengths.items()}
     if config.data.layout == "shared":
@@ -80,4 +67,14 @@ def example_costs(corpus: TokenizedCorpus, config: Config) -> Costs:
     conversation_N = corpus.lengths("conversation")
     longest_N = np.maximum(conversation_N, np.maximum(lengths["text"], lengths["code"]))
     targets_N = corpus.num_targets(config.objective.ntp.targets)
-    return Costs(conversation_N, lengths["text"] + lengths["code"], targets_N, longest_N)
+    points_Nx4 = content_points(corpus.contents, config.objective.stp)
+    masked_N = masked_tokens(config.objective.stp, points_Nx4)
+    return Costs(conversation_N, lengths["text"] + lengths["code"], targets_N, longest_N, points_Nx4, masked_N)
+
+
+def view_lengths(corpus: TokenizedCorpus, config: Config) -> dict[str, np.ndarray]:
+    """int64 [N] tokens of each `text` and `code` view as a segment of its own, with all that belongs to it."""
+    jepa = config.objective.jepa
+    lengths = {view: corpus.lengths(f"{view}_view") + (jepa.view_end == "turn") for view in ("text", "code")}
+    lengths[jepa.source] = lengths[jepa.source] + jepa.num_predictors
+    return lengths

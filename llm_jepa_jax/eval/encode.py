@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from llm_jepa_jax.config import JepaConfig, ModelConfig
 from llm_jepa_jax.models.transformer import forward
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
-from llm_jepa_jax.text.chat import VIEW_ROLES, render_view, with_predictors
+from llm_jepa_jax.text.chat import VIEW_ROLES, render_view, view_tokens
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
 BATCH_SIZE = 64
@@ -28,9 +28,8 @@ def view_ids(
     `num_predictors` defaults to what the view has in training: k for the one that predicts, none for the other.
     """
     count = (config.num_predictors if view == config.source else 0) if num_predictors is None else num_predictors
-    ids = tokenizer.predictor_ids[:count]
-    views = (render_view(tokenizer, VIEW_ROLES[view], content, config.view_end) for content in contents)
-    return [with_predictors(tokens, ids, config.placement) for tokens in views]
+    parts = view_tokens(tokenizer, config, count)
+    return [parts.predicting(render_view(tokenizer, VIEW_ROLES[view], content)) for content in contents]
 
 
 def pad_right(sequences: Sequence[Sequence[int] | np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:

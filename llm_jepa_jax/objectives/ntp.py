@@ -20,8 +20,8 @@ def ntp_sum(inputs: Inputs) -> jax.Array:
     settings = HeadSettings(config.head_chunk, config.ntp.z_loss, inputs.soft_cap)
     with jax.named_scope("ntp_loss"):
         return cross_entropy(
-            inputs.hidden_RxLxD, inputs.head_DxV, batch.target_index, batch.targets, batch.target_weight, settings
+            inputs.last_RxTxD, inputs.head_DxV, batch.target_index, batch.targets, batch.target_weight, settings
         )
 
 
-NTP = Objective(name="ntp", scale=lambda config: config.ntp.weight, weight=ntp_weight, total=ntp_sum)
+NTP = Objective("ntp", ntp_weight, ntp_sum)

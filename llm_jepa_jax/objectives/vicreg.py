@@ -44,9 +44,9 @@ def vicreg_sum(inputs: Inputs) -> jax.Array:
     with jax.named_scope("vicreg_loss"):
         losses = [
             spread_loss(view.reshape(-1, view.shape[-1]), weight_N, config.target_std, config.covariance)
-            for view in pair_embeddings(inputs.hidden_RxLxD, batch)
+            for view in pair_embeddings(inputs.vectors(inputs.config.jepa), batch, inputs.config.jepa)
         ]
         return 0.5 * (losses[0] + losses[1]) * jepa_weight(batch)
 
 
-VICREG = Objective(name="vicreg", scale=lambda config: config.vicreg.weight, weight=jepa_weight, total=vicreg_sum)
+VICREG = Objective("vicreg", jepa_weight, vicreg_sum)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llm_jepa_jax.config import JepaConfig
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -33,22 +34,25 @@ class Rendered:
     """uint8 [n]: the turn each token belongs to, its role and end tokens included (`ROLE_CODES`)."""
     assistant_target: np.ndarray
     """bool [n]: the token is content of an assistant turn, or that turn's end token."""
-    turn_ends: np.ndarray
-    """int32 [turns]: place of each turn's end token."""
+    contents: np.ndarray
+    """int32 [turns, 2]: place of each turn's role token, and of its content's last token."""
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
     """The whole conversation."""
     contents = tokenizer.encode_batch([message.content for message in messages])
-    tokens, roles, targets, ends = [tokenizer.bos_id], [BOS_ROLE], [False], []
+    tokens, roles, targets, contents_at = [tokenizer.bos_id], [BOS_ROLE], [False], []
     for message, content in zip(messages, contents, strict=True):
         length = len(content) + 2
         tokens += [tokenizer.role_ids[message.role], *content, tokenizer.end_of_turn_id]
-        ends.append(len(tokens) - 1)
+        contents_at.append((len(tokens) - length, len(tokens) - 2))
         roles += [ROLE_CODES[message.role]] * length
         targets += [False] + [message.role == "assistant"] * (length - 1)
     return Rendered(
-        np.array(tokens, np.int32), np.array(roles, np.uint8), np.array(targets, np.bool_), np.array(ends, np.int32)
+        np.array(tokens, np.int32),
+        np.array(roles, np.uint8),
+        np.array(targets, np.bool_),
+        np.array(contents_at, np.int32),
     )
 
 
@@ -57,13 +61,39 @@ def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     return [*render(tokenizer, messages).tokens.tolist(), tokenizer.role_ids["assistant"]]
 
 
-def render_view(tokenizer: Tokenizer, role: str, content: str, view_end: str) -> list[int]:
-    """One view as a sequence of its own: `<bos><role> content`, with the end-of-turn token if `view_end` is `turn`."""
-    end = [tokenizer.end_of_turn_id] if view_end == "turn" else []
-    return [tokenizer.bos_id, tokenizer.role_ids[role], *tokenizer.encode(content), *end]
+def render_view(tokenizer: Tokenizer, role: str, content: str) -> list[int]:
+    """One view as a sequence of its own, without what comes at its end: `<bos><role> content`."""
+    return [tokenizer.bos_id, tokenizer.role_ids[role], *tokenizer.encode(content)]
 
 
-def with_predictors(view: Sequence[int] | np.ndarray, predictor_ids: Sequence[int], placement: str) -> np.ndarray:
-    """A view's tokens and its predictor tokens, in order: behind it (`append`) or before its content (`prepend`)."""
-    header = len(view) if placement == "append" else VIEW_HEADER
-    return np.concatenate([view[:header], predictor_ids, view[header:]]).astype(np.int32)
+@dataclasses.dataclass(frozen=True)
+class ViewTokens:
+    """The tokens that views have beside their content."""
+
+    predictors: tuple[int, ...]
+    """Of the view that predicts, in order."""
+    end: tuple[int, ...]
+    """The end-of-turn token, where views have one."""
+    placement: str
+
+    def predicting(self, view: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The whole view that predicts: predictor tokens behind its content (`append`) or before it (`prepend`)."""
+        header = len(view) if self.placement == "append" else VIEW_HEADER
+        return np.concatenate([view[:header], self.predictors, view[header:], self.end]).astype(np.int32)
+
+    def predicted(self, view: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The whole view that is predicted."""
+        return np.concatenate([view, self.end]).astype(np.int32)
+
+    @property
+    def branch(self) -> np.ndarray:
+        """What comes behind the content of the view that predicts, where there are predictor tokens; else nothing."""
+        return np.array(self.predictors + self.end if self.predictors else (), np.int32)
+
+
+def view_tokens(tokenizer: Tokenizer, jepa: JepaConfig, num_predictors: int | None = None) -> ViewTokens:
+    """The tokens that views have under a configuration; `num_predictors` is another k than its own."""
+    k = jepa.num_predictors if num_predictors is None else num_predictors
+    ids = tokenizer.predictor_ids[:1] * k if jepa.shared_predictor else tokenizer.predictor_ids[:k]
+    end = (tokenizer.end_of_turn_id,) if jepa.view_end == "turn" else ()
+    return ViewTokens(tuple(ids), end, jepa.placement)

@@ -43,6 +43,8 @@ class Tokenizer:
         self.bos_id = self._reserved(BOS, origin)
         self.end_of_turn_id = self._reserved(END_OF_TURN, origin)
         self.role_ids = {role: self._reserved(piece, origin) for role, piece in ROLE_PIECES.items()}
+        self.mask_id = self._processor.unk_id()
+        """Stands for a token taken out; with byte fallback no text encodes to it."""
         self.predictor_ids = tuple(self._reserved(piece, origin) for piece in PREDICTOR_PIECES)
 
     def _reserved(self, piece: str, origin: str) -> int:

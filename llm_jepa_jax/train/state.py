@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.models.transformer import abstract_params, init_params
+from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
 from llm_jepa_jax.parallel.sharding import parameter_shardings, replicated
 from llm_jepa_jax.train.optimizer import make_optimizer
 
@@ -49,7 +49,7 @@ class StateFactory:
 
 
 def _initial(key: jax.Array, config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    params = init_params(key, config.model, jnp.dtype(config.train.param_dtype))
+    params = init_parameters(key, config)
     # Three arrays, not one three times: a buffer can be donated only once.
     zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
     return TrainState(zeros[0], params, optimizer.init(params), zeros[1], zeros[2])
@@ -60,7 +60,7 @@ def state_factory(config: Config, mesh: Mesh, num_steps: int) -> StateFactory:
 
     The optimizer's moments take the sharding of their parameter, its scalars are replicated.
     """
-    _, axes = abstract_params(config.model, jnp.dtype(config.train.param_dtype))
+    _, axes = abstract_parameters(config)
     optimizer = make_optimizer(config.opt, num_steps, axes)
     shapes = jax.eval_shape(lambda: _initial(jax.random.key(0), config, optimizer))
     everywhere = replicated(mesh)

@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec
 
 from llm_jepa_jax.batch import Batch
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.models.transformer import abstract_params, forward, head_kernel
-from llm_jepa_jax.objectives.jepa import cosine, pair_embeddings
+from llm_jepa_jax.models.transformer import forward_states, head_kernel
+from llm_jepa_jax.objectives.distance import cosine
+from llm_jepa_jax.objectives.jepa import pair_embeddings
+from llm_jepa_jax.objectives.parameters import abstract_parameters
 from llm_jepa_jax.objectives.term import Inputs
-from llm_jepa_jax.objectives.total import term_weights, total_loss
+from llm_jepa_jax.objectives.total import term_scales, term_weights, total_loss, wanted_states
 from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, is_axes, parameter_spec, replicated, rows_sharding
 from llm_jepa_jax.resolve import attention_backend
 from llm_jepa_jax.train.optimizer import learning_rate
@@ -25,32 +27,41 @@ DIAGNOSTIC_PAIRS = 256
 """About how many pairs' embeddings a step hands out for the collapse diagnostics."""
 
 
-def loss_and_aux(
-    params: Any,
-    batch: Batch,
-    weights: dict[str, jax.Array],
-    config: Config,
-    longest_segment: int = 0,
-    attention: str = "xla",
-    layer_sums: Any = None,
-) -> tuple[jax.Array, dict[str, Any]]:
-    """Total loss of these rows under the global `weights`, and what the metrics need.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What the loss of a part of a step needs beside parameters and rows."""
+
+    config: Config
+    weights: dict[str, jax.Array]
+    """Of each term, over the whole global batch."""
+    scales: dict[str, Any]
+    """Factor of each term in the total."""
+    key: jax.Array
+    longest_segment: int
+    attention: str
+
+
+def loss_and_aux(params: Any, batch: Batch, part: Part, layer_sums: Any = None) -> tuple[jax.Array, dict[str, Any]]:
+    """Total loss of these rows under the global weights, and what the metrics need.
 
     Returns:
         The float32 total, and `sums` (each term's sum), `cos_sum` (of cos over pairs), `pairs`: text and code
         embeddings of the first slots of each row, [R, s, D] float32, with their weights [R, s].
     """
-    hidden_RxLxD = forward(
+    config, objective = part.config, part.config.objective
+    wanted = wanted_states(objective, config.model.num_layers)
+    states = forward_states(
         params, config.model, batch.tokens, batch.positions, batch.segments, batch.branch_end,
-        dtype=jnp.dtype(config.train.dtype), remat=config.train.remat,
-        attention=attention, longest_segment=longest_segment, layer_sums=layer_sums,
+        states=wanted, dtype=jnp.dtype(config.train.dtype), remat=config.train.remat,
+        attention=part.attention, longest_segment=part.longest_segment, layer_sums=layer_sums,
     )  # fmt: skip
-    head_DxV = head_kernel(params, config.model)
-    inputs = Inputs(hidden_RxLxD, head_DxV, batch, config.objective, config.model.logit_soft_cap)
-    total, sums = total_loss(inputs, weights)
-    text_RxPxD, code_RxPxD = jax.lax.stop_gradient(pair_embeddings(hidden_RxLxD, batch))
-    if config.objective.jepa.source == "code":
-        text_RxPxD, code_RxPxD = code_RxPxD, text_RxPxD
+    inputs = Inputs(
+        dict(zip(wanted, states, strict=True)), head_kernel(params, config.model), batch, objective,
+        config.model.num_layers, config.model.logit_soft_cap, params.get("predictors", {}), part.key,
+    )  # fmt: skip
+    total, sums = total_loss(inputs, part.weights, part.scales)
+    pairs = pair_embeddings(inputs.vectors(objective.jepa), batch, objective.jepa)
+    text_RxPxD, code_RxPxD = jax.lax.stop_gradient(pairs if objective.jepa.source == "text" else pairs[::-1])
     cos_sum = jnp.sum(cosine(text_RxPxD, code_RxPxD) * batch.pair_weight)
     rows = batch.pair_weight.shape[0] * config.train.micro_batches
     slots = min(batch.pair_weight.shape[1], -(-DIAGNOSTIC_PAIRS // rows))
@@ -70,17 +81,27 @@ def _split(batch: Batch, parts: int) -> Batch:
 
 
 def gradients(
-    params: Any, batch: Batch, config: Config, longest_segment: int = 0, attention: str = "xla"
+    params: Any,
+    batch: Batch,
+    config: Config,
+    longest_segment: int = 0,
+    attention: str = "xla",
+    step: jax.Array | int = 0,
+    num_steps: int = 1,
 ) -> tuple[jax.Array, Any, dict[str, Any], dict[str, jax.Array]]:
     """Total loss, its gradient, metrics parts and term weights of a global batch, over its micro-batches.
 
-    Every term is divided by its weight over the whole batch, so the result does not depend on how it is cut.
+    Every term is divided by its weight over the whole batch, so the result does not depend on how it is cut. `step` (of
+    `num_steps`) is where schedules stand, and what random directions are drawn from.
     """
     weights = term_weights(batch, config.objective)
-    rest = (weights, config, longest_segment, attention)
+    scales = term_scales(config.objective, step, num_steps)
+    rest = Part(
+        config, weights, scales, jax.random.fold_in(jax.random.key(config.seed), step), longest_segment, attention
+    )
     parts = config.train.micro_batches
     if parts == 1:
-        (total, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, batch, *rest)
+        (total, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, batch, rest)
         return total, grads, aux, weights
 
     def add(carry: tuple[jax.Array, Any, Any], part: Batch) -> tuple[tuple[jax.Array, Any, Any], Any]:
@@ -91,7 +112,7 @@ def gradients(
 
     split = _split(batch, parts)
     first = jax.tree.map(lambda x: x[0], split)
-    aux = jax.eval_shape(lambda p, b: loss_and_aux(p, b, *rest)[1], params, first)
+    aux = jax.eval_shape(lambda p, b: loss_and_aux(p, b, rest)[1], params, first)
     aux = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux[name]) for name in ("sums", "cos_sum")}
     zeros = (jnp.zeros((), jnp.float32), _zeros(params, config), aux)
     (total, grads, aux), pairs = jax.lax.scan(add, zeros, split)
@@ -99,13 +120,13 @@ def gradients(
     return total, grads, aux | {"pairs": pairs}, weights
 
 
-def _add_gradients(params: Any, sums: Any, part: Batch, rest: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any], Any]:
+def _add_gradients(params: Any, sums: Any, part: Batch, rest: Part) -> tuple[tuple[jax.Array, Any], Any]:
     """Loss of one micro-batch, and the float32 sums with its gradients; those of layers are added in place."""
     layers = {"layers": params["layers"]}
     others = {name: value for name, value in params.items() if name not in layers}
 
     def loss(others: Any, layer_sums: Any) -> tuple[jax.Array, dict[str, Any]]:
-        return loss_and_aux(others | layers, part, *rest, layer_sums)
+        return loss_and_aux(others | layers, part, rest, layer_sums)
 
     value, (grads, layer_sums) = jax.value_and_grad(loss, (0, 1), has_aux=True)(others, sums["layers"])
     added = jax.tree.map(jnp.add, {name: sums[name] for name in others}, jax.tree.map(_wide, grads))
@@ -117,7 +138,7 @@ def _zeros(params: Any, config: Config) -> Any:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     if jax.sharding.get_abstract_mesh().empty:
         return zeros
-    axes = abstract_params(config.model, jnp.float32)[1]
+    axes = abstract_parameters(config)[1]
     specs = jax.tree.map(parameter_spec, axes, is_leaf=is_axes)
     return jax.tree.map(jax.lax.with_sharding_constraint, zeros, specs)
 
@@ -147,8 +168,7 @@ def _metrics(batch: Batch, aux: dict[str, Any], weights: dict[str, jax.Array]) -
 def without_pairs(config: Config) -> Config:
     """The configuration of a step whose rows have no pair slots: every term that compares views is off."""
     objective = config.objective
-    off = {"jepa": dataclasses.replace(objective.jepa, weight=0.0)}
-    off["vicreg"] = dataclasses.replace(objective.vicreg, weight=0.0)
+    off = {name: dataclasses.replace(getattr(objective, name), weight=0.0) for name in ("jepa", "vicreg", "sigreg")}
     return dataclasses.replace(config, objective=dataclasses.replace(objective, **off))
 
 
@@ -172,7 +192,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
         attention = attention_backend(config, platform, batch.segments.shape[1])
         run = config if batch.pair_weight.shape[1] else without_pairs(config)
-        total, grads, aux, weights = gradients(state.params, batch, run, longest_segment, attention)
+        total, grads, aux, weights = gradients(
+            state.params, batch, run, longest_segment, attention, state.step, num_steps
+        )
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings.params)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)

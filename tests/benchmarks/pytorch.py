@@ -135,8 +135,8 @@ def token_records(source: JsonlSource, tokenizer: Tokenizer) -> list[tuple[list[
     out = []
     for i in range(len(source)):
         record = source[i]
-        text = [*render_view(tokenizer, "user", record.text, "content"), tokenizer.predictor_ids[0]]
-        code = render_view(tokenizer, "assistant", record.code, "content")
+        text = [*render_view(tokenizer, "user", record.text), tokenizer.predictor_ids[0]]
+        code = render_view(tokenizer, "assistant", record.code)
         out.append((render(tokenizer, record.messages).tokens.tolist(), text, code))
     return out
 

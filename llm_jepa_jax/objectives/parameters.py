@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All parameters of a run: the model's, and the linear predictors of objectives (`predictors/NAME [D, D]`)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_jepa_jax.config import Config, ObjectiveConfig
+from llm_jepa_jax.models.transformer import abstract_params, init_params
+from llm_jepa_jax.objectives.total import enabled
+
+
+def _with_predictor(config: ObjectiveConfig) -> list[str]:
+    """The enabled objectives that have one."""
+    return [term.name for term in enabled(config) if getattr(term.section(config), "linear_predictor", False)]
+
+
+def init_parameters(key: jax.Array, config: Config) -> Any:
+    """Random parameters as a plain nested dictionary; predictors are Xavier uniform, as published."""
+    dtype, width = jnp.dtype(config.train.param_dtype), config.model.embed_dim
+    params = init_params(key, config.model, dtype)
+    init = jax.nn.initializers.glorot_uniform()
+    names = _with_predictor(config.objective)
+    keys = jax.random.split(jax.random.fold_in(key, len("predictors")), len(names)) if names else []
+    predictors = {name: init(one, (width, width), dtype) for name, one in zip(names, keys, strict=True)}
+    return params | ({"predictors": predictors} if predictors else {})
+
+
+def abstract_parameters(config: Config) -> tuple[Any, Any]:
+    """Two trees of one structure: `jax.ShapeDtypeStruct`s, and the logical axes of each parameter."""
+    dtype, width = jnp.dtype(config.train.param_dtype), config.model.embed_dim
+    shapes, axes = abstract_params(config.model, dtype)
+    names = _with_predictor(config.objective)
+    if not names:
+        return shapes, axes
+    matrix = jax.ShapeDtypeStruct((width, width), dtype)
+    return (
+        shapes | {"predictors": dict.fromkeys(names, matrix)},
+        axes | {"predictors": dict.fromkeys(names, ("embed", "predicted"))},
+    )
