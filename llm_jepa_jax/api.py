@@ -47,7 +47,7 @@ class LanguageModel:
         arrays = pad_right(ids, rows)
         with jax.set_mesh(self.run.mesh):
             placed = [jax.device_put(array, rows_sharding(self.run.mesh)) for array in arrays]
-            hidden_RxLxD = hidden_states(self.run.params, *placed, config=self.run.config.model, dtype=self._dtype)
+            (hidden_RxLxD,) = hidden_states(self.run.params, *placed, config=self.run.config.model, dtype=self._dtype)
         host = np.asarray(hidden_RxLxD.astype(jnp.float32))
         return [host[row, : len(sequence)] for row, sequence in enumerate(ids)]
 
@@ -81,7 +81,7 @@ class LanguageModel:
         if num_predictors is not None and not 0 <= num_predictors <= most:
             raise UserError(f"num_predictors={num_predictors}; use 0 to {most}")
         ids = view_ids(self.tokenizer, run.config.objective.jepa, views[role], texts, num_predictors)
-        return encode(run.params, run.config.model, ids, run.mesh, self._dtype)
+        return encode(run.params, run.config.model, run.config.objective.jepa, ids, run.mesh, self._dtype)
 
     def generate(
         self, prompts: Sequence[str], max_new_tokens: int | None = None, system: str | None = None

@@ -223,7 +223,13 @@ class StpConfig(VectorsConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class VicregConfig(TermConfig):
+class SpreadConfig(TermConfig):
+    """Marks an objective that looks at the views of all pairs of a step together: it needs JEPA's views, and no
+    micro-batches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VicregConfig(SpreadConfig):
     weight: float = key(0.0, "weight of the spread of both views' embeddings, which keeps JEPA from collapsing; 0: off")
     target_std: float = key(
         0.8, "standard deviation below which a dimension is pushed apart (embeddings of length sqrt(D))"
@@ -232,7 +238,7 @@ class VicregConfig(TermConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class SigregConfig(TermConfig):
+class SigregConfig(SpreadConfig):
     weight: float = key(
         0.0, "weight of the distance of both views' embeddings from the standard normal (LeJEPA's SIGReg); 0: off"
     )

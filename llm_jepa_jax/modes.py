@@ -159,7 +159,7 @@ def _embed_pairs(job: Job, params: Any) -> tuple[np.ndarray, np.ndarray]:
     texts = view_ids(tokenizer, jepa, "text", [record.text for record in records])
     codes = view_ids(tokenizer, jepa, "code", [record.code for record in records])
     dtype = jnp.dtype(config.train.dtype)
-    text_PxD, code_PxD = (encode(params, config.model, views, job.mesh, dtype) for views in (texts, codes))
+    text_PxD, code_PxD = (encode(params, config.model, jepa, views, job.mesh, dtype) for views in (texts, codes))
     return text_PxD, code_PxD
 
 

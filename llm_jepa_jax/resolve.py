@@ -5,11 +5,19 @@ import dataclasses
 from collections.abc import Callable
 
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
-from llm_jepa_jax.config import NUM_RESERVED_PREDICTORS, Config, StpConfig, VectorsConfig
+from llm_jepa_jax.config import (
+    NUM_RESERVED_PREDICTORS,
+    Config,
+    ObjectiveConfig,
+    SpreadConfig,
+    StpConfig,
+    VectorsConfig,
+)
 from llm_jepa_jax.errors import UserError
 
-TERMS = ("ntp", "jepa", "stp", "vicreg", "sigreg")
+TERMS = tuple(f.name for f in dataclasses.fields(ObjectiveConfig) if f.metadata.get("section"))
 """Sections of the objectives."""
+SPREADS = tuple(term for term in TERMS if isinstance(getattr(ObjectiveConfig(), term), SpreadConfig))
 POSITIVE = [
     "text.vocab_size",
     "data.row_length",
@@ -244,14 +252,14 @@ def _check_objective(config: Config) -> None:
     objective = config.objective
     if not any(getattr(objective, term).weight for term in TERMS):
         _fail("objective.ntp.weight", 0, "and all other weights 0 leave no loss; set one of them above 0")
-    spread = objective.vicreg.weight or objective.sigreg.weight or (jepa.weight and jepa.distance == "infonce")
-    if ntp.weight == 0 and not spread:
+    spread = any(getattr(objective, term).weight for term in SPREADS)
+    if ntp.weight == 0 and not spread and not _contrasts(jepa):
         _fail(
             "objective.ntp.weight", 0,
             "lets the embeddings collapse: what is left has a constant solution; use a weight above 0, "
             "or add `objective.sigreg.weight` or `objective.vicreg.weight`, or `objective.jepa.distance`=infonce",
         )  # fmt: skip
-    for term in ("vicreg", "sigreg"):
+    for term in SPREADS:
         if getattr(objective, term).weight and not jepa.weight:
             _fail(
                 f"objective.{term}.weight", getattr(objective, term).weight,
@@ -304,7 +312,7 @@ def _check_stp(config: Config) -> None:
 def _check_whole_batch(config: Config) -> None:
     """Terms that relate the pairs of a step to each other cannot be cut into micro-batches."""
     objective, parts = config.objective, config.train.micro_batches
-    terms = [(f"objective.{t}.weight", getattr(objective, t).weight) for t in ("vicreg", "sigreg")]
+    terms = [(f"objective.{t}.weight", getattr(objective, t).weight) for t in SPREADS]
     for term in ("jepa", "stp"):
         section = getattr(objective, term)
         terms.append((f"objective.{term}.distance", section.distance if _contrasts(section) else ""))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jepa_jax.config import MeshConfig, ModelConfig
+from llm_jepa_jax.config import JepaConfig, MeshConfig, ModelConfig
 from llm_jepa_jax.data.sources import SyntheticSource
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode
@@ -67,7 +67,9 @@ def test_answers_end_at_the_end_token(tokenizer, expected):
     """With the end token made the most likely, every answer is empty and ended."""
     assert not all(ended for _, ended in expected)
     hidden = np.asarray(
-        encode(PARAMS, CONFIG, prompts(tokenizer), make_mesh(MeshConfig(), jax.devices()[:1]), jnp.float32)
+        encode(
+            PARAMS, CONFIG, JepaConfig(), prompts(tokenizer), make_mesh(MeshConfig(), jax.devices()[:1]), jnp.float32
+        )
     )
     embedding = PARAMS["embedding"].at[tokenizer.end_of_turn_id].set(100 * hidden.mean(0))
     assert all(
@@ -83,7 +85,9 @@ def test_too_long_prompts_are_refused(tokenizer):
 def test_embeddings_are_the_last_hidden_states_in_order(tokenizer):
     sequences = prompts(tokenizer, 5)
     for devices in (1, 8):
-        out = encode(PARAMS, CONFIG, sequences, make_mesh(MeshConfig(), jax.devices()[:devices]), jnp.float32)
+        out = encode(
+            PARAMS, CONFIG, JepaConfig(), sequences, make_mesh(MeshConfig(), jax.devices()[:devices]), jnp.float32
+        )
         for row, ids in zip(out, sequences, strict=True):
             array, ones = np.array([ids], np.int32), np.ones((1, len(ids)), np.int32)
             hidden = forward(PARAMS, CONFIG, array, np.arange(len(ids))[None], ones, dtype=jnp.float32)

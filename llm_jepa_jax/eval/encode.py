@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings of views: the hidden state at the last token of each sequence, in batches of few shapes."""
+"""Embeddings of views, in batches of few shapes."""
 
 import functools
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jepa_jax.config import JepaConfig, ModelConfig
-from llm_jepa_jax.models.transformer import forward
+from llm_jepa_jax.models.transformer import State, forward_states
+from llm_jepa_jax.objectives.term import gather, mean_over, state_of
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
 from llm_jepa_jax.text.chat import VIEW_ROLES, render_view, view_tokens
 from llm_jepa_jax.text.tokenizer import Tokenizer
@@ -43,28 +44,47 @@ def pad_right(sequences: Sequence[Sequence[int] | np.ndarray], rows: int) -> tup
     return tokens_RxL, lengths_R
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "states"))
 def hidden_states(
-    params: Any, tokens_RxL: jax.Array, lengths_R: jax.Array, *, config: ModelConfig, dtype: Any
-) -> jax.Array:
-    """Hidden states [R, L, D] after the final norm of right-padded sequences."""
+    params: Any,
+    tokens_RxL: jax.Array,
+    lengths_R: jax.Array,
+    *,
+    config: ModelConfig,
+    dtype: Any,
+    states: tuple[State, ...] = (),
+) -> tuple[jax.Array, ...]:
+    """Hidden states [R, L, D] of right-padded sequences; without `states`, those after the final norm."""
     places_RxL = jnp.broadcast_to(jnp.arange(tokens_RxL.shape[1]), tokens_RxL.shape)
     segments_RxL = (places_RxL < lengths_R[:, None]).astype(jnp.int32)
-    return forward(params, config, tokens_RxL, places_RxL, segments_RxL, dtype=dtype)
+    return forward_states(params, config, tokens_RxL, places_RxL, segments_RxL, dtype=dtype, states=states)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _last_states(
-    params: Any, tokens_RxL: jax.Array, lengths_R: jax.Array, *, config: ModelConfig, dtype: Any
+@functools.partial(jax.jit, static_argnames=("config", "jepa", "dtype"))
+def _embeddings(
+    params: Any, tokens_RxL: jax.Array, lengths_R: jax.Array, *, config: ModelConfig, jepa: JepaConfig, dtype: Any
 ) -> jax.Array:
-    hidden_RxLxD = hidden_states(params, tokens_RxL, lengths_R, config=config, dtype=dtype)
-    return jnp.take_along_axis(hidden_RxLxD, lengths_R[:, None, None] - 1, axis=1)[:, 0].astype(jnp.float32)
+    states = (state_of(jepa, config.num_layers),)
+    (hidden_RxLxD,) = hidden_states(params, tokens_RxL, lengths_R, config=config, dtype=dtype, states=states)
+    end_Rx1 = jnp.maximum(lengths_R - 1 - jepa.view_end_offset, 0)[:, None]
+    if jepa.pooling == "last":
+        return gather(hidden_RxLxD, end_Rx1)[:, 0].astype(jnp.float32)
+    return mean_over(hidden_RxLxD, (jnp.arange(tokens_RxL.shape[1]) <= end_Rx1)[:, None])[:, 0]
 
 
 def encode(
-    params: Any, config: ModelConfig, sequences: Sequence[Sequence[int] | np.ndarray], mesh: Mesh, dtype: Any
+    params: Any,
+    config: ModelConfig,
+    jepa: JepaConfig,
+    sequences: Sequence[Sequence[int] | np.ndarray],
+    mesh: Mesh,
+    dtype: Any,
 ) -> np.ndarray:
-    """Hidden state at each sequence's last token, float32 [n, D], in the order given."""
+    """The embedding of each view as training compares it (layer, end, pooling), before any linear predictor.
+
+    Returns:
+        float32 [n, D], in the order given.
+    """
     out_NxD = np.zeros((len(sequences), config.embed_dim), np.float32)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     shards = num_row_shards(mesh)
@@ -75,6 +95,6 @@ def encode(
             chosen = order[start : start + rows]
             arrays = pad_right([sequences[i] for i in chosen], rows)
             placed = [jax.make_array_from_callback(a.shape, rows_sharding(mesh), a.__getitem__) for a in arrays]
-            last = _last_states(params, *placed, config=config, dtype=dtype)
-            out_NxD[chosen] = np.asarray(jax.device_put(last, everywhere))[: len(chosen)]
+            embedded = _embeddings(params, *placed, config=config, jepa=jepa, dtype=dtype)
+            out_NxD[chosen] = np.asarray(jax.device_put(embedded, everywhere))[: len(chosen)]
     return out_NxD

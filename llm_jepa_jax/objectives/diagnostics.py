@@ -30,6 +30,16 @@ def shuffled_cosines(text_NxD: np.ndarray, code_NxD: np.ndarray) -> np.ndarray:
     return pair_cosines(text_NxD, np.roll(code_NxD, 1, axis=0))
 
 
+def collapse_warnings(metrics: dict[str, float], rank_floor: float, std_floor: float) -> list[str]:
+    """In words, which of the views' measures lie under their floor; a floor of 0 never warns."""
+    return [
+        f"{name}={metrics[name]:.3g} is under `{key}`={floor:g}: the {name[-4:]} view's embeddings collapse"
+        for measure, key, floor in (("rank", "log.rank_floor", rank_floor), ("std", "log.std_floor", std_floor))
+        for name in (f"{measure}_text", f"{measure}_code")
+        if metrics.get(name, floor) < floor
+    ]
+
+
 def collapse_metrics(text_NxD: np.ndarray, code_NxD: np.ndarray) -> dict[str, float]:
     """The always-logged measures of N pairs; none for fewer than 2 pairs, or where embeddings are not finite."""
     if len(text_NxD) < 2 or not (np.isfinite(text_NxD).all() and np.isfinite(code_NxD).all()):

@@ -19,7 +19,7 @@ from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.pipeline import TrainData
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.flops import model_flops
-from llm_jepa_jax.objectives.diagnostics import collapse_metrics
+from llm_jepa_jax.objectives.diagnostics import collapse_metrics, collapse_warnings
 from llm_jepa_jax.objectives.total import enabled
 from llm_jepa_jax.parallel.sharding import global_batch, rows_sharding
 from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, last_values, valid_pairs
@@ -58,6 +58,7 @@ class Recorder:
         self._terms = [objective.name for objective in enabled(config.objective)]
         self._peak = device_peak_flops(mesh.devices.flat[0].device_kind)
         self._num_devices = mesh.size
+        self._collapsed = False
         self.restart_clock()
 
     def timed(self, fetch: Callable[[], Any]) -> Any:
@@ -100,6 +101,7 @@ class Recorder:
     def _line(self, step: int, last: dict[str, Any], embeddings: Any) -> None:
         values = self.window.means() | {name: float(last[name]) for name in sorted(last) if name != "skipped_in_row"}
         values |= collapse_metrics(*valid_pairs(jax.device_get(embeddings)))
+        self._warn_of_collapse(step, values)
         for term in self.window.idle_terms(self._terms):
             LOG.warning("step %d: the %s term had no weight since the last metrics line", step, term)
         seconds = max(time.monotonic() - self._clock, 1e-9)
@@ -111,6 +113,16 @@ class Recorder:
         self.window.sums.clear()
         self.last = values
         self.write(step, values)
+
+    def _warn_of_collapse(self, step: int, values: dict[str, float]) -> None:
+        """Once, until the measures are above their floors again."""
+        log = self._config.log
+        found = collapse_warnings(values, log.rank_floor, log.std_floor)
+        if found and not self._collapsed:
+            LOG.warning(
+                "step %d: %s; consider objective.sigreg.weight or objective.vicreg.weight", step, "; ".join(found)
+            )
+        self._collapsed = bool(found)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self._writer:

@@ -11,13 +11,13 @@ import optax
 from jax.sharding import PartitionSpec
 
 from llm_jepa_jax.batch import Batch
-from llm_jepa_jax.config import Config
+from llm_jepa_jax.config import Config, JepaConfig, SpreadConfig
 from llm_jepa_jax.models.transformer import forward_states, head_kernel
 from llm_jepa_jax.objectives.distance import cosine
 from llm_jepa_jax.objectives.jepa import pair_embeddings
 from llm_jepa_jax.objectives.parameters import abstract_parameters
 from llm_jepa_jax.objectives.term import Inputs
-from llm_jepa_jax.objectives.total import term_scales, term_weights, total_loss, wanted_states
+from llm_jepa_jax.objectives.total import enabled, term_scales, term_weights, total_loss, wanted_states
 from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, is_axes, parameter_spec, replicated, rows_sharding
 from llm_jepa_jax.resolve import attention_backend
 from llm_jepa_jax.train.optimizer import learning_rate
@@ -168,7 +168,12 @@ def _metrics(batch: Batch, aux: dict[str, Any], weights: dict[str, jax.Array]) -
 def without_pairs(config: Config) -> Config:
     """The configuration of a step whose rows have no pair slots: every term that compares views is off."""
     objective = config.objective
-    off = {name: dataclasses.replace(getattr(objective, name), weight=0.0) for name in ("jepa", "vicreg", "sigreg")}
+    sections = {term.name: term.section(objective) for term in enabled(objective)}
+    off = {
+        name: dataclasses.replace(section, weight=0.0)
+        for name, section in sections.items()
+        if isinstance(section, JepaConfig | SpreadConfig)
+    }
     return dataclasses.replace(config, objective=dataclasses.replace(objective, **off))
 
 

@@ -39,51 +39,71 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ntp": ("separate", OFF),
     "shared k=1": ("shared", {}),
     "shared k=1 LD 0.75": ("shared", {"jepa": {"dropout": 0.75}}),
+    "shared k=1 LD 0.75 by step": ("shared", {"jepa": {"dropout": 0.75, "dropout_by": "step"}}),
     "shared k=4": ("shared", {"jepa": {"num_predictors": 4}}),
     "separate k=1": ("separate", {}),
     "separate k=1 LD 0.75": ("separate", {"jepa": {"dropout": 0.75}}),
     "padded ntp": ("padded", OFF),
+    "stp": ("separate", OFF | {"stp": {"weight": 0.02}}),
+    "stp curvature": ("separate", OFF | {"stp": {"weight": 0.02, "mode": "curvature"}}),
+    "stp mean": ("separate", OFF | {"stp": {"weight": 0.02, "mode": "mean"}}),
     "separate k=1 vicreg": ("separate", {"vicreg": {"weight": 0.1}}),
+    "separate k=1 sigreg": ("separate", {"sigreg": {"weight": 0.1}}),
+    "separate k=1 infonce": ("separate", {"jepa": {"distance": "infonce"}}),
 }
 """Layout and objective of each case; the first is what the others are measured against."""
-WHOLE_STEP = ("separate k=1 vicreg",)
-"""Needs all pairs of a step at once: measured when named, with `--micro_batches=1` for all."""
+WHOLE_STEP = ("separate k=1 vicreg", "separate k=1 sigreg", "separate k=1 infonce")
+"""These need all pairs of a step at once: measured when named, with `--micro_batches=1` for all."""
 
 
 @dataclasses.dataclass
 class Case:
-    """One compiled step with its own state and stream."""
+    """The compiled steps of one case, a function for each kind of steps, with its own state and stream."""
 
     name: str
-    step: Any
+    steps: list[Any]
     state: Any
     batches: Any
     mesh: Any
     summary: dict[str, Any]
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    examples: list[int] = dataclasses.field(default_factory=list)
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    waiting: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)
+    example_seconds: list[float] = dataclasses.field(default_factory=list)
+    token_seconds: list[float] = dataclasses.field(default_factory=list)
 
     def take_turn(self) -> None:
-        """Two steps, as training has them one after the other; the second is measured, on memory of its own."""
-        for _ in range(2):
+        """Two steps of each kind, as training has them one after the other; the second is measured, on memory of its
+        own. Kinds count by their share of an epoch's examples."""
+        shares = [kind["examples"] / self.summary["examples"] for kind in self.summary["kinds"]]
+        seconds = tokens = 0.0
+        for kind, share in enumerate(shares):
+            for _ in range(2):
+                spent, values = self._step(kind)
+            examples = values["num_examples"].sum()
+            seconds += share * spent / examples
+            tokens += share * (values["segments"] > 0).sum() / examples
+        self.example_seconds.append(seconds)
+        self.token_seconds.append(seconds / tokens)
+
+    def _step(self, kind: int) -> tuple[float, dict[str, Any]]:
+        """Seconds of the stream's next step of a kind, and its rows."""
+        self.waiting = self.waiting or [[] for _ in self.steps]
+        while not self.waiting[kind]:
             values = next(self.batches)
-            batch = jax.block_until_ready(global_batch(self.mesh, values))
-            start = time.perf_counter()
-            self.state, metrics = self.step(self.state, batch)
-            jax.block_until_ready((self.state, metrics))
-            seconds = time.perf_counter() - start
-        self.seconds.append(seconds)
-        self.examples.append(int(values["num_examples"].sum()))
-        self.tokens.append(int((values["segments"] > 0).sum()))
+            self.waiting[int(values["kind"])].append(values)
+        values = self.waiting[kind].pop(0)
+        batch = jax.block_until_ready(global_batch(self.mesh, values))
+        start = time.perf_counter()
+        self.state, metrics = self.steps[kind](self.state, batch)
+        jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - start, values
 
     def per_example(self) -> np.ndarray:
-        """Seconds an example of each step after the first."""
-        return np.array(self.seconds[1:]) / np.array(self.examples[1:])
+        """Seconds an example of each turn after the first."""
+        return np.array(self.example_seconds[1:])
 
     def per_token(self) -> np.ndarray:
-        """Seconds a token, padding not counted, of each step after the first."""
-        return np.array(self.seconds[1:]) / np.array(self.tokens[1:])
+        """Seconds a token, padding not counted, of each turn after the first."""
+        return np.array(self.token_seconds[1:])
 
 
 def make_case(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argparse.Namespace, cache_dir: str) -> Case:
@@ -98,7 +118,7 @@ def make_case(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argpar
             "objective": objective,
             "data": data | {"max_dropped_share": 1.0, "cache_dir": cache_dir},
             "train": {
-                "num_steps": 2 * args.steps + 4,
+                "num_steps": 100 * (args.steps + 1),
                 "num_epochs": 0,
                 "micro_batches": args.micro_batches,
                 "dtype": args.dtype,
@@ -109,8 +129,8 @@ def make_case(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argpar
     train_data = make_train_data(config, tokenizer, source, np.ones(len(source)))
     factory = state_factory(config, mesh, args.steps + 1)
     with jax.set_mesh(mesh):
-        step = make_train_step(factory, args.steps + 1, train_data.kinds[0].row.longest_segment)
-    return Case(name, step, factory.create(), train_data.iterator(0), mesh, train_data.summary())
+        steps = [make_train_step(factory, args.steps + 1, kind.row.longest_segment) for kind in train_data.kinds]
+    return Case(name, steps, factory.create(), train_data.iterator(0), mesh, train_data.summary())
 
 
 def main() -> None:

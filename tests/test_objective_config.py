@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What contradicts itself among the objectives is refused in one line with the fix; every variant trains."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llm_jepa_jax.config import freeze
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.main import run
+from llm_jepa_jax.objectives.diagnostics import collapse_warnings
+from llm_jepa_jax.resolve import resolve
+from tests.conftest import CACHE, REPOSITORY
+
+STP = {"weight": 0.1}
+WRONG = [
+    ({"ntp": {"weight": 0.0}}, "ntp.weight`=0 lets the embeddings collapse: .* add `objective.sigreg.weight`"),
+    ({"ntp": {"weight": 0.0}, "jepa": {"weight": 0.0}, "stp": STP}, "ntp.weight`=0 lets the embeddings collapse"),
+    ({"ntp": {"weight": 0.0}, "jepa": {"weight": 0.0}}, "ntp.weight`=0 and all other weights 0 leave no loss"),
+    ({"jepa": {"weight": 0.0}, "sigreg": {"weight": 1.0}}, "sigreg.weight`=1.0 has no views; set `objective.jepa"),
+    ({"jepa": {"layer": 7}}, "jepa.layer`=7 is no layer of `model.num_layers`=6; use 0 to 6"),
+    ({"stp": {"layer": -8}}, "stp.layer`=-8 is no layer of `model.num_layers`=6; use 0 to 6"),
+    ({"jepa": {"min_weight": 0.5}}, "jepa.min_weight`=0.5 has no effect with .*schedule`=constant; use linear"),
+    ({"jepa": {"schedule_steps": 9}}, "jepa.schedule_steps`=9 has no effect with"),
+    ({"stp": {"schedule": "linear"}}, "stp.schedule`=linear rises to `objective.stp.weight`=0, which is off"),
+    ({"jepa": {"schedule": "linear", "min_weight": 2.0}}, "jepa.min_weight`=2.0 is above `objective.jepa.weight`=1"),
+    ({"stp": STP | {"mode": "mean", "draw": "both"}}, "stp.draw`=both has no effect with `objective.stp.mode`=mean"),
+    ({"stp": STP | {"mode": "e2e", "draws": 2}}, "stp.draws`=2 has no effect with `objective.stp.mode`=e2e"),
+    ({"stp": STP | {"mode": "mask", "draws": 2}}, "stp.draws`=2 has no effect with `objective.stp.mode`=mask"),
+    ({"stp": STP | {"mode": "curvature", "distance": "mse"}}, "stp.distance`=mse has no effect with"),
+    ({"stp": STP | {"mode": "curvature", "linear_predictor": True}}, "stp.linear_predictor`=True has no effect"),
+    ({"stp": STP | {"mode": "e2e", "length_weighting": "cosine"}}, "stp.length_weighting`=cosine has no effect"),
+    ({"stp": {"draws": 0}}, "stp.draws`=0 must be above 0"),
+    ({"stp": {"weight": -1.0}}, "stp.weight`=-1.0 must not be negative"),
+    ({"sigreg": {"knots": 1}}, "sigreg.knots`=1 makes no integral; use 2 or more"),
+    ({"jepa": {"temperature": 0.0}}, "jepa.temperature`=0.0 must be above 0"),
+    ({"jepa": {"view_end_offset": -1}}, "jepa.view_end_offset`=-1 must not be negative"),
+]
+
+
+@pytest.mark.parametrize(("objective", "message"), WRONG)
+def test_contradictions_are_refused(objective, message):
+    with pytest.raises(UserError, match=message) as error:
+        resolve(freeze({"objective": objective}), (1, 1, 1))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"vicreg": {"weight": 1.0}},
+        {"sigreg": {"weight": 1.0}},
+        {"jepa": {"distance": "infonce"}},
+        {"stp": STP | {"distance": "infonce"}},
+    ],
+)
+def test_terms_over_all_pairs_refuse_micro_batches(objective):
+    with pytest.raises(UserError, match=r"needs all pairs of a step at once, but `train.micro_batches`=2; use 1$"):
+        resolve(freeze({"objective": objective, "train": {"micro_batches": 2}}), (1, 1, 1))
+    resolve(freeze({"objective": objective}), (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "spread", [{"vicreg": {"weight": 1.0}}, {"sigreg": {"weight": 1.0}}, {"jepa": {"distance": "infonce"}}]
+)
+def test_what_prevents_collapse_does_without_next_token_prediction(spread):
+    resolve(freeze({"objective": {"ntp": {"weight": 0.0}} | spread}), (1, 1, 1))
+
+
+def test_collapse_is_named_once_per_view_and_measure():
+    metrics = {"rank_text": 1.2, "rank_code": 9.0, "std_text": 0.5, "std_code": 0.001}
+    assert collapse_warnings(metrics, 2.0, 0.01) == [
+        "rank_text=1.2 is under `log.rank_floor`=2: the text view's embeddings collapse",
+        "std_code=0.001 is under `log.std_floor`=0.01: the code view's embeddings collapse",
+    ]
+    assert collapse_warnings(metrics, 0.0, 0.0) == collapse_warnings({}, 2.0, 0.01) == []
+
+
+JEPA = "objective.jepa."
+VARIANTS = [
+    *((f"{JEPA}distance={d}",) for d in ("l2", "mse", "infonce")),
+    (f"{JEPA}num_predictors=10", f"{JEPA}shared_predictor=True", f"{JEPA}view_end=turn"),
+    (f"{JEPA}num_predictors=0", f"{JEPA}direction=code_to_text", f"{JEPA}view_end_offset=1"),
+    (f"{JEPA}placement=prepend", f"{JEPA}pooling=mean", "data.layout=separate"),
+    (
+        f"{JEPA}pooling=mean",
+        f"{JEPA}layer=1",
+        f"{JEPA}final_norm=False",
+        "train.micro_batches=2",
+        "data.rows_per_step=16",
+    ),
+    (f"{JEPA}linear_predictor=True", f"{JEPA}schedule=linear", f"{JEPA}min_weight=0.1", f"{JEPA}stop_gradient=True"),
+    (f"{JEPA}dropout=0.5", f"{JEPA}dropout_by=step", "objective.sigreg.weight=0.1", "objective.vicreg.weight=0.1"),
+    ("objective.ntp.weight=0", "objective.sigreg.weight=1", "objective.ntp.targets=all"),
+]
+STP_VARIANTS = [
+    *((f"mode={mode}",) for mode in ("random_span", "e2e", "mean", "curvature", "mask", "mask_recover")),
+    ("draw=both", "from_start=True", "draws=3", "distance=mse"),
+    ("draw=uniform", "max_length=4", "length_weighting=cosine", "layer=-2", "final_norm=False"),
+    ("across_turns=True", "whole_conversation=True", "length_weighting=jaccard", "linear_predictor=True"),
+    ("mode=mask", "across_turns=True", "whole_conversation=True", "distance=infonce"),
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS + [tuple(f"objective.stp.{c}" for c in v) for v in STP_VARIANTS])
+def test_every_variant_trains(tmp_path, changes):
+    """Two steps by the command line: every enabled term has a finite value, and its own column."""
+    stp = any("stp" in change for change in changes)
+    argv = [
+        f"--config={REPOSITORY}/configs/tiny.py:smoke", f"--workdir={tmp_path}", "--config.train.num_steps=2",
+        "--config.data.row_length=384",
+        "--config.log.every_steps=1", "--config.log.tensorboard=False", "--config.log.report=False",
+        f"--config.train.compile_cache={CACHE}",
+        "--config.eval.final_examples=4", "--config.eval.max_new_tokens=2", "--config.checkpoint.every_steps=0",
+        "--config.objective.jepa.dropout=0.0", "--config.objective.vicreg.weight=0.0",
+        f"--config.objective.stp.weight={0.1 if stp else 0.0}",
+        *(f"--config.{change}" for change in changes),
+    ]  # fmt: skip
+    result = run(["main", *argv])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "total_loss" in line]
+    assert result["step"] == 2 and len(steps) == 2
+    names = {"ntp", "jepa"} - ({"ntp"} if "objective.ntp.weight=0" in changes else set())
+    names |= {name for name in ("stp", "vicreg", "sigreg") if any(name in change for change in changes)}
+    for name in names:
+        values = [line[f"{name}_loss"] for line in steps if f"{name}_loss" in line]
+        assert values and np.isfinite(values).all(), name
+    assert {name for line in steps for name in line if name.endswith("_loss")} == {
+        f"{name}_loss" for name in names | {"total"}
+    }
