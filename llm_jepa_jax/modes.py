@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llm_jepa_jax.config import Config, freeze
+from llm_jepa_jax.checkpoint.initial import initial_run, initial_tokenizer
+from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
 from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_splits
@@ -53,17 +54,25 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.train.compile_cache).expanduser()))
     mesh = make_mesh(config.mesh)
     config = resolve(config, mesh.devices.shape)
-    config = dataclasses.replace(config, data=absolute_paths(config.data))
+    config = dataclasses.replace(config, data=absolute_paths(config.data), init=_absolute(config.init))
+    start = initial_run(config)
     splits = open_splits(config.data, config.seed)
     tokenizer = _tokenizer(config, workdir, splits.train)
-    config = with_vocabulary(config, tokenizer.vocab_size, mesh.shape["tensor"])
+    config = with_vocabulary(config, tokenizer.vocab_size, mesh.shape["tensor"], start.model.vocab_size if start else 0)
     return Job(config, mesh, tokenizer, splits)
 
 
+def _absolute(init: InitConfig) -> InitConfig:
+    path = str(pathlib.Path(init.checkpoint).expanduser().absolute()) if init.checkpoint else ""
+    return dataclasses.replace(init, checkpoint=path)
+
+
 def _tokenizer(config: Config, workdir: pathlib.Path, source: Source) -> Tokenizer:
-    """The run's own tokenizer, else the one named, else one trained on the training split."""
+    """The run's own tokenizer, else the one named, that of `init.checkpoint`, or one trained on the training split."""
     if (workdir / "tokenizer.model").exists():
         return load_tokenizer(workdir / "tokenizer.model")
+    if config.init.checkpoint:
+        return initial_tokenizer(config)
     if config.text.tokenizer:
         return load_tokenizer(config.text.tokenizer)
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()

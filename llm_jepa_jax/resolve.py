@@ -5,15 +5,15 @@ import dataclasses
 from collections.abc import Callable
 
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
-from llm_jepa_jax.config import (
+from llm_jepa_jax.config import Config
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.objective_config import (
     NUM_RESERVED_PREDICTORS,
-    Config,
     ObjectiveConfig,
     SpreadConfig,
     StpConfig,
     VectorsConfig,
 )
-from llm_jepa_jax.errors import UserError
 
 TERMS = tuple(f.name for f in dataclasses.fields(ObjectiveConfig) if f.metadata.get("section"))
 """Sections of the objectives."""
@@ -174,13 +174,17 @@ def _check_attention(config: Config, row_length: int) -> None:
             raise UserError(f"config: {refusal}")
 
 
-def with_vocabulary(config: Config, tokenizer_size: int, tensor: int) -> Config:
+def with_vocabulary(config: Config, tokenizer_size: int, tensor: int, initial_size: int = 0) -> Config:
     """Fills `model.vocab_size` (0: the tokenizer's size) and checks that it holds every id.
+
+    `initial_size` is that of the model to start from, whose rows are all kept.
 
     Raises:
         UserError: the model's vocabulary is smaller than the tokenizer's or does not divide over `mesh.tensor`.
     """
-    size = config.model.vocab_size or tokenizer_size
+    size = config.model.vocab_size or max(tokenizer_size, initial_size)
+    if size < initial_size:
+        _fail("model.vocab_size", size, f"is below the {initial_size} of `init.checkpoint`; use {initial_size} or more")
     if size < tokenizer_size:
         _fail(
             "model.vocab_size",

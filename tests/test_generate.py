@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jepa_jax.config import JepaConfig, MeshConfig, ModelConfig
+from llm_jepa_jax.config import MeshConfig, ModelConfig
 from llm_jepa_jax.data.sources import SyntheticSource
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode
@@ -14,6 +14,7 @@ from llm_jepa_jax.eval.evaluate import evaluate
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import EXACT_MATCH, Task
 from llm_jepa_jax.models.transformer import forward, head_kernel, init_params
+from llm_jepa_jax.objective_config import JepaConfig
 from llm_jepa_jax.parallel.mesh import make_mesh
 from tests.conftest import SMALL_MODEL
 

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from llm_jepa_jax.batch import Batch
-from llm_jepa_jax.config import Config, DataConfig, JepaConfig, NtpConfig, ObjectiveConfig
+from llm_jepa_jax.config import Config, DataConfig
+from llm_jepa_jax.objective_config import JepaConfig, NtpConfig, ObjectiveConfig
 from llm_jepa_jax.train.step import gradients
 from tests.test_model import golden_model
 

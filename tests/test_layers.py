@@ -9,7 +9,18 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "llm_jepa_jax"
 ORDER = (
-    ("errors", "config", "batch", "presets", "from_json", "resolve", "flops", "huge_pages", "schema"),
+    (
+        "errors",
+        "config",
+        "batch",
+        "presets",
+        "from_json",
+        "resolve",
+        "flops",
+        "huge_pages",
+        "schema",
+        "objective_config",
+    ),
     ("text", "parallel"),
     ("data", "models"),
     ("objectives",),

@@ -7,8 +7,8 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_jepa_jax.config import JepaConfig
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.objective_config import JepaConfig
 from llm_jepa_jax.text.chat import ROLE_CODES, Message, render, render_prompt, render_view, view_tokens
 from llm_jepa_jax.text.tokenizer import cached_tokenizer, load_tokenizer, train_tokenizer
 

@@ -9,8 +9,8 @@ again.
 import numpy as np
 
 from llm_jepa_jax.batch import CODE_BEFORE, CODE_END, USER_BEFORE, USER_END
-from llm_jepa_jax.config import StpConfig
 from llm_jepa_jax.data.draws import uniform
+from llm_jepa_jax.objective_config import StpConfig
 
 _STREAM = 1000
 """The first of a draw's streams; each attempt takes two."""

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jepa_jax.config import JepaConfig, ModelConfig
+from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.transformer import State, forward_states
+from llm_jepa_jax.objective_config import JepaConfig
 from llm_jepa_jax.objectives.term import gather, mean_over, state_of
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
 from llm_jepa_jax.text.chat import VIEW_ROLES, render_view, view_tokens

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from llm_jepa_jax.config import VectorsConfig
+from llm_jepa_jax.objective_config import VectorsConfig
 
 EPSILON = 1e-8
 """Floor of the product of norms, as in the usual definition of cosine similarity."""

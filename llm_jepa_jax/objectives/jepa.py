@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jepa_jax.batch import Batch
-from llm_jepa_jax.config import JepaConfig
+from llm_jepa_jax.objective_config import JepaConfig
 from llm_jepa_jax.objectives.distance import distance_sum, predict
 from llm_jepa_jax.objectives.term import Inputs, Objective, gather, mean_over
 

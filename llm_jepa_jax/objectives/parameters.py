@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jepa_jax.config import Config, ObjectiveConfig
+from llm_jepa_jax.config import Config
 from llm_jepa_jax.models.transformer import abstract_params, init_params
+from llm_jepa_jax.objective_config import ObjectiveConfig
 from llm_jepa_jax.objectives.total import enabled
 
 

@@ -9,7 +9,7 @@ weighted squared distance of characteristic functions: smooth, bounded in gradie
 import jax
 import jax.numpy as jnp
 
-from llm_jepa_jax.config import SigregConfig
+from llm_jepa_jax.objective_config import SigregConfig
 from llm_jepa_jax.objectives.jepa import jepa_weight, pair_embeddings
 from llm_jepa_jax.objectives.term import Inputs, Objective
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jepa_jax.batch import Batch
-from llm_jepa_jax.config import ObjectiveConfig, TermConfig, VectorsConfig
 from llm_jepa_jax.models.transformer import State
+from llm_jepa_jax.objective_config import ObjectiveConfig, TermConfig, VectorsConfig
 
 
 @dataclasses.dataclass(frozen=True)

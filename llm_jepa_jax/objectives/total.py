@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jepa_jax.batch import Batch
-from llm_jepa_jax.config import ObjectiveConfig
 from llm_jepa_jax.models.transformer import State
+from llm_jepa_jax.objective_config import ObjectiveConfig
 from llm_jepa_jax.objectives.jepa import JEPA
 from llm_jepa_jax.objectives.ntp import NTP
 from llm_jepa_jax.objectives.sigreg import SIGREG

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llm_jepa_jax.config import JepaConfig
+from llm_jepa_jax.objective_config import JepaConfig
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")

@@ -11,8 +11,8 @@ from typing import Any
 
 import sentencepiece
 
-from llm_jepa_jax.config import NUM_RESERVED_PREDICTORS
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.objective_config import NUM_RESERVED_PREDICTORS
 
 PAD, UNKNOWN, BOS, END_OF_TURN = "<|pad|>", "<|unknown|>", "<|begin|>", "<|end_of_turn|>"
 ROLE_PIECES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llm_jepa_jax.checkpoint.initial import initial_parameters, initial_run
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
 from llm_jepa_jax.parallel.sharding import parameter_shardings, replicated
@@ -40,16 +41,29 @@ class StateFactory:
     abstract: TrainState
     """`jax.ShapeDtypeStruct`s with their shardings."""
 
+    @property
+    def origin(self) -> str:
+        """Where a new state's weights come from, in words."""
+        return self.config.init.checkpoint or f"random weights (seed {self.config.seed})"
+
     def create(self) -> TrainState:
-        """The initial state, each device making its own shards."""
+        """The initial state, each device making its own shards.
+
+        Raises:
+            UserError: the weights of `init.checkpoint` cannot be read.
+        """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        key, saved = jax.random.key(self.config.seed), initial_run(self.config)
+        if saved:
+            start, make = initial_parameters(key, self.config, saved, self.mesh), lambda params: params
+        else:
+            start, make = key, lambda key: init_parameters(key, self.config)
         with jax.set_mesh(self.mesh):
-            key = jax.random.key(self.config.seed)
-            return jax.jit(lambda key: _initial(key, self.config, self.optimizer), out_shardings=shardings)(key)
+            make_state = jax.jit(lambda start: _initial(make(start), self.optimizer), out_shardings=shardings)
+            return make_state(start)
 
 
-def _initial(key: jax.Array, config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    params = init_parameters(key, config)
+def _initial(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     # Three arrays, not one three times: a buffer can be donated only once.
     zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
     return TrainState(zeros[0], params, optimizer.init(params), zeros[1], zeros[2])
@@ -62,7 +76,7 @@ def state_factory(config: Config, mesh: Mesh, num_steps: int) -> StateFactory:
     """
     _, axes = abstract_parameters(config)
     optimizer = make_optimizer(config.opt, num_steps, axes)
-    shapes = jax.eval_shape(lambda: _initial(jax.random.key(0), config, optimizer))
+    shapes = jax.eval_shape(lambda: _initial(init_parameters(jax.random.key(0), config), optimizer))
     everywhere = replicated(mesh)
     params = parameter_shardings(mesh, axes)
     opt_state = _like_parameters(shapes.opt_state, shapes.params, params, everywhere)

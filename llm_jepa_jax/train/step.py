@@ -11,8 +11,9 @@ import optax
 from jax.sharding import PartitionSpec
 
 from llm_jepa_jax.batch import Batch
-from llm_jepa_jax.config import Config, JepaConfig, SpreadConfig
+from llm_jepa_jax.config import Config
 from llm_jepa_jax.models.transformer import forward_states, head_kernel
+from llm_jepa_jax.objective_config import JepaConfig, SpreadConfig
 from llm_jepa_jax.objectives.distance import cosine
 from llm_jepa_jax.objectives.jepa import pair_embeddings
 from llm_jepa_jax.objectives.parameters import abstract_parameters
