@@ -157,10 +157,7 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     with phases.phase("restore or create the state"):
         step, state, meta = checkpoints.restore_latest(factory.abstract) or (0, factory.create(), {})
-    LOG.info(
-        "starting from %s",
-        f"checkpoint {step}" if meta else (config.init.checkpoint or f"random weights (seed {config.seed})"),
-    )
+    LOG.info("starting from %s", f"checkpoint {step}" if meta else factory.origin)
     recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
     batches = data.iterator(step, jax.process_index(), jax.process_count())
     save = Saver(checkpoints, recorder, config)
