@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jepa_jax.objectives.jepa import pair_embeddings
 from llm_jepa_jax.objectives.parameters import init_parameters
 from llm_jepa_jax.train.step import gradients
 from tests.conftest import host_batch, small_config, small_data
@@ -79,6 +80,25 @@ def test_layouts_change_nothing(tmp_path, tokenizer, name):
         chex.assert_trees_all_close(other_weights, weights, rtol=1e-6)
         chex.assert_trees_all_close((other, other_aux["sums"]), (total, aux["sums"]), rtol=1e-5)
         chex.assert_trees_all_close(other_grads, grads, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("view_end", ["content", "turn"])
+def test_mean_pooling_takes_the_whole_view_up_to_where_it_is_read(tmp_path, tokenizer, view_end):
+    """Its first token included; the one behind that place not."""
+    offset = 1 if view_end == "turn" else 0
+    jepa = {"pooling": "mean", "view_end": view_end, "view_end_offset": offset}
+    config = small_config(tmp_path, objective={"jepa": jepa})
+    batch = host_batch(small_data(config, tokenizer))
+    hidden = np.random.default_rng(0).normal(size=(*batch.tokens.shape, 3)).astype(np.float32)
+    views = [np.asarray(view) for view in pair_embeddings(hidden, batch, config.objective.jepa)]
+    rows, slots = np.nonzero(batch.pair_weight)
+    assert len(rows) > 8
+    for row, slot in zip(rows, slots, strict=True):
+        for view, end in zip(views, (batch.predictor_index, batch.code_index), strict=True):
+            segment = np.flatnonzero(batch.segments[row] == batch.segments[row, end[row, slot]])
+            assert segment[-1] == end[row, slot] + offset
+            expected = hidden[row, segment[: len(segment) - offset]].mean(0)
+            np.testing.assert_allclose(view[row, slot], expected, atol=1e-6)
 
 
 ALONE = {
