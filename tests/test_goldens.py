@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published code's losses and gradient norms on its own inputs (three passes)."""
+"""Every run that the published code's losses, gradient norms and gradients were recorded of, on its own inputs."""
 
+import dataclasses
+import functools
 import json
 
 import jax
@@ -8,83 +10,176 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jepa_jax.batch import Batch
 from llm_jepa_jax.config import Config, DataConfig
-from llm_jepa_jax.objective_config import JepaConfig, NtpConfig, ObjectiveConfig
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.train.step import gradients
-from tests.test_model import golden_model
+from tests.golden_cases import conversations, cropped, objective, stp_batch, stp_config, two_views, two_views_batch
+from tests.test_model import golden_model, llama_params
 
-VIEWS = ("user", "assistant")
-FIRST_PREDICTOR = 8
-"""Its id in the reference's tokenizer."""
-
-
-def reference_batch(golden, expected, name):
-    """The reference's rows as one of ours each: conversation and both views behind one another.
-
-    The reference calls the view that predicts `user`: with its `--reverse_pred` that is the code view.
-    """
-    parts = [(golden["synth/input_ids"], golden["synth/attention_mask"])]
-    parts += [(golden[f"{name}/input_ids_{v}"], golden[f"{name}/attention_mask_{v}"]) for v in VIEWS]
-    length = parts[0][0].shape[1]
-    tokens = np.concatenate([ids for ids, _ in parts], axis=1).astype(np.int32)
-    segments = np.concatenate([mask * number for number, (_, mask) in enumerate(parts, start=1)], axis=1)
-    positions = np.tile(np.arange(length, dtype=np.int32), (len(tokens), 3))
-    mask = parts[0][1]
-    index = np.broadcast_to(np.arange(length - 1, dtype=np.int32), (len(tokens), length - 1))
-    ones = np.ones((len(tokens), 1), np.float32)
-    places = [length * (1 + i) + np.array(expected[f"index_{v}"], np.int32)[:, None] for i, v in enumerate(VIEWS)]
-    return Batch(
-        tokens=tokens,
-        positions=positions,
-        segments=segments.astype(np.int32),
-        branch_end=np.zeros((len(tokens), 1), np.int32),
-        target_index=index,
-        targets=tokens[:, 1:length],
-        target_weight=mask[:, 1:].astype(np.float32),
-        predictor_index=places[0],
-        predictor_start=np.full_like(places[0], length),
-        code_index=places[1],
-        code_start=np.full_like(places[1], 2 * length),
-        pair_weight=ones,
-        span_points=np.zeros((len(tokens), 0, 6), np.int32),
-        span_weight=np.zeros((len(tokens), 0), np.float32),
-        num_examples=np.ones(len(tokens), np.int32),
-    )
+MATRIX = "linear_predictor_M"
 
 
-@pytest.mark.parametrize("last_token", [-1, -2])
-@pytest.mark.parametrize(
-    ("predictors", "placement", "direction"),
-    [
-        (0, "append", "text_to_code"),
-        (1, "append", "text_to_code"),
-        (1, "prepend", "text_to_code"),
-        (0, "append", "code_to_text"),
-        (1, "append", "code_to_text"),
-        (1, "prepend", "code_to_text"),
-    ],
-)
-def test_losses_and_gradient_norms(shared_dir, predictors, placement, direction, last_token):
-    model, params, golden = golden_model(shared_dir)
-    values = json.loads((shared_dir / "goldens" / "goldens.json").read_text())["finetune"]
-    name = f"synth/k{predictors}_f{placement == 'prepend':d}_r{direction == 'code_to_text':d}"
-    expected = values[f"{name}_three_lt{last_token}_cosine"]
-    batch = reference_batch(golden, expected, name)
-    predictor_row, predictor_place = np.nonzero(batch.tokens == FIRST_PREDICTOR)
-    assert len(predictor_row) == 8 * predictors  # they lie in the view that predicts, before or behind its content
-    assert (batch.segments[predictor_row, predictor_place] == 2).all()
-    left = batch.predictor_index[predictor_row, 0] - predictor_place
-    assert (left <= 1).all() if placement == "append" else (left > 1).all()
-    objective = ObjectiveConfig(
-        ntp=NtpConfig(targets="all"),
-        jepa=JepaConfig(weight=1.0, num_predictors=predictors, placement=placement, direction=direction),
-        head_chunk=50,
-    )
-    config = Config(model=model, objective=objective, data=DataConfig(rows_per_step=8))
-    total, grads, aux, weights = jax.jit(lambda p, b: gradients(p, b, config))(params, batch)
-    ntp, jepa = (float(aux["sums"][name] / weights[name]) for name in ("ntp", "jepa"))
-    assert ntp == pytest.approx(expected["ntp"], rel=1e-5)
-    assert jepa == pytest.approx(expected["jepa"], rel=1e-5)
-    assert float(total) == pytest.approx(expected["total"], rel=1e-5)
-    assert float(optax.global_norm(grads)) == pytest.approx(expected["grad_norm"], rel=1e-4)
+@pytest.fixture(scope="module")
+def recorded(shared_dir):
+    """Model configuration, parameters, arrays, and numbers."""
+    model, params, arrays = golden_model(shared_dir)
+    return model, params, dict(arrays), json.loads((shared_dir / "goldens" / "goldens.json").read_text())
+
+
+@functools.cache
+def compiled(config):
+    """(total, gradient, term means) of a batch; without next-token loss at step 0, with it at step 1."""
+
+    @jax.jit
+    def run(params, batch, step):
+        total, grads, aux, weights = gradients(params, batch, config, step=step)
+        return total, grads, {name: aux["sums"][name] / weights[name] for name in weights}
+
+    return run
+
+
+def case(recorded, group, full_name):
+    """Our term's name, objective and batch for a recorded run."""
+    _, _, arrays, values = recorded
+    expected = values[group][full_name]
+    dataset, name = full_name.split("/", 1)
+    if run := two_views(name):
+        return "jepa", objective(jepa=run.jepa), two_views_batch(arrays, dataset, run, expected)
+    rows = len(arrays[f"{dataset}/input_ids"])
+    stp = stp_config(name, len(expected.get("draws_start_end_full", range(rows))) // rows)
+    return "stp", objective(stp=stp), stp_batch(arrays, dataset, name, stp, expected)
+
+
+def results(recorded, group, full_name):
+    """What ours gives for a recorded run, by the recorded names; and the gradient of the total."""
+    model, params, arrays, _ = recorded
+    term, terms, batch = case(recorded, group, full_name)
+    if getattr(terms, term).linear_predictor:
+        params = params | {"predictors": {term: arrays[MATRIX].T}}
+    run = compiled(Config(model=model, objective=terms, data=DataConfig(rows_per_step=len(batch.tokens))))
+    _, alone, _ = run(params, batch, 0)
+    total, grads, means = run(params, batch, 1)
+    found = {
+        "ntp": means["ntp"], "jepa": means[term], "total": total,
+        "grad_norm": optax.global_norm(grads), "grad_norm_jepa_only": optax.global_norm(alone),
+        "grad_norm_M": optax.global_norm(grads.get("predictors", {})),
+    }  # fmt: skip
+    return found, grads
+
+
+def tolerance(name):
+    return 1e-4 if name.startswith("grad") else 1e-5
+
+
+@pytest.mark.parametrize("group", ["finetune", "stp"])
+def test_losses_and_gradient_norms(recorded, group):
+    values = recorded[3][group]
+    assert len(values) >= 14
+    wrong = []
+    for full_name, expected in values.items():
+        found, _ = results(recorded, group, full_name)
+        wanted = expected.keys() & found.keys()
+        assert len(wanted) == 5 + full_name.endswith("+lp"), full_name
+        wrong += [
+            (full_name, name, float(found[name]), expected[name])
+            for name in sorted(wanted)
+            if not abs(float(found[name]) - expected[name]) <= tolerance(name) * abs(expected[name])
+        ]
+    assert not wrong
+
+
+def recorded_gradients(arrays):
+    """{run: {parameter: gradient}}"""
+    runs = {}
+    for key in arrays:
+        if key.startswith("grads/"):
+            run, parameter = key.removeprefix("grads/").rsplit("/", 1)
+            runs.setdefault(run, {})[parameter] = arrays[key]
+    return runs
+
+
+def assert_gradients(found, theirs, model, name):
+    """Each parameter's gradient within 1e-4 of its norm, layer by layer."""
+    matrix = [value for key, value in theirs.items() if key.endswith("M.weight")]
+    expected = llama_params(theirs, model)
+    if matrix:
+        expected["predictors"] = dict.fromkeys(found["predictors"], matrix[0].T)
+    assert jax.tree.structure(found) == jax.tree.structure(expected), name
+    for (path, ours), wanted in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        where = f"{name} {jax.tree_util.keystr(path)}"
+        ours, wanted = (np.asarray(value, np.float64) for value in (ours, wanted))
+        if "layers" in where:
+            for layer, (one, other) in enumerate(zip(ours, wanted, strict=True)):
+                assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other), f"{where} {layer}"
+        else:
+            assert np.linalg.norm(ours - wanted) <= 1e-4 * np.linalg.norm(wanted), where
+
+
+def test_whole_gradients(recorded):
+    model, params, arrays, values = recorded
+    runs = recorded_gradients(arrays)
+    assert {"regular", "stp:random_span"} < runs.keys()
+    for run, theirs in runs.items():
+        if ":" in run:
+            group, name = run.split(":")
+            _, found = results(recorded, group, name if "/" in name else f"synth/{name}")
+        else:
+            _, found = next_token(model, params, arrays, "synth")
+        assert_gradients(found, theirs, model, run)
+
+
+def next_token(model, params, arrays, dataset):
+    """Loss and gradient of next-token prediction alone."""
+    config = Config(model=model, objective=objective(), data=DataConfig(rows_per_step=8))
+    total, grads, _ = compiled(config)(params, cropped(conversations(arrays, dataset)), 1)
+    return total, grads
+
+
+def test_next_token_prediction_alone(recorded):
+    model, params, arrays, values = recorded
+    assert "synth" in values["regular"]
+    for dataset, expected in values["regular"].items():
+        total, grads = next_token(model, params, arrays, dataset)
+        assert float(total) == pytest.approx(expected["ntp"], rel=1e-5)
+        assert float(optax.global_norm(grads)) == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert conversations(arrays, dataset)["target_weight"].sum() == expected["n_label_positions_shifted"]
+
+
+def test_batches_are_the_recorded_inputs(recorded):
+    """Packed tokens and the additive mask, bit for bit."""
+    arrays = recorded[2]
+    seen = 0
+    for key in arrays:
+        if not key.endswith(("packed_input_ids", "mask4d_allowed_packbits")):
+            continue
+        run = key.rsplit("/", 1)[0]
+        group = "stp" if "/stp/" in run else "finetune"
+        _, _, batch = case(recorded, group, run.replace("/stp/", "/"))
+        rows, length = batch.tokens.shape[0], batch.tokens.shape[1] // 3
+        segments = batch.segments[:, : 2 * length].reshape(rows, 2, length).swapaxes(0, 1).reshape(-1, length)
+        if key.endswith("packed_input_ids"):
+            used = segments[rows:] > 0
+            theirs = arrays[key][:, :length]
+            np.testing.assert_array_equal(batch.tokens[:, length : 2 * length][used], theirs[used], key)
+        else:
+            whole = arrays[f"{key.split('/')[0]}/input_ids"].shape[1]
+            allowed = np.unpackbits(arrays[key])[: 2 * rows * whole**2].reshape(2 * rows, whole, whole)
+            same = np.tril((segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0))
+            np.testing.assert_array_equal(same, allowed[:, :length, :length], key)
+            assert same.sum() == allowed.sum()
+        seen += 1
+    assert seen >= 20
+
+
+def test_what_the_reference_cannot_do_is_refused(recorded):
+    """Its runs that fail are a contradiction in ours too, apart from the mask modes, which need nothing more here."""
+    refused = 0
+    for full_name in recorded[3]["errors"]:
+        name = full_name.split("/", 1)[1]
+        if name.startswith("curvature"):
+            config = Config(objective=objective(stp=dataclasses.replace(stp_config(name, 1), layer=-1)))
+            with pytest.raises(UserError, match=r"objective\.stp\.(distance|linear_predictor)"):
+                resolve(config, (1, 1, 1))
+            refused += 1
+    assert refused >= 2

@@ -96,7 +96,7 @@ class RowBuilder:
         weights_J = span_weights(stp, spans_Jx2, int(text_lengths(points_4[None])[0]))
         row["span_weight"][slots] = weights_J
         if not stp.adds_segments:
-            row["span_points"][slots] = start + span_points(points_4, spans_Jx2)
+            row["span_points"][slots] = np.where(weights_J[:, None] > 0, start + span_points(points_4, spans_Jx2), 0)
         elif weights_J[0]:
             texts = masked_texts(stp, self._corpus.get("conversation", example), points_4, spans_Jx2[0], self._mask_id)
             for column, tokens in zip((SPAN_BEFORE, SPAN_END), texts, strict=True):

@@ -60,14 +60,14 @@ def curvatures(hidden_RxTxD: jax.Array, batch: Batch) -> jax.Array:
     """Mean angle between a token's step and the one before it, over the contents of each slot: [R, S], radians.
 
     The angle of unit vectors u and v is 2 atan2(‖u − v‖, ‖u + v‖) (Kahan), exact and with a finite gradient on a
-    straight line too, where acos has none. The first token of a content has no step before it. 0 without any angle.
+    straight line too, where acos has none. The first step of a content leads to its first token. 0 without any angle.
     """
     steps_RxTxD = jnp.diff(hidden_RxTxD.astype(jnp.float32), axis=1, prepend=jnp.zeros_like(hidden_RxTxD[:, :1]))
     size_RxT = length(steps_RxTxD)
     unit_RxTxD = jnp.where(size_RxT > 0, 1.0 / jnp.where(size_RxT > 0, size_RxT, 1.0), 0.0)[..., None] * steps_RxTxD
     before_RxTxD = jnp.roll(unit_RxTxD, 1, axis=1)
     apart_RxT, together_RxT = length(unit_RxTxD - before_RxTxD), length(unit_RxTxD + before_RxTxD)
-    angle_RxT = 2.0 * jnp.arctan2(apart_RxT, jnp.maximum(together_RxT, 1e-12))
+    angle_RxT = 2.0 * jnp.arctan2(apart_RxT, together_RxT)
     inside_RxSxT = _between(hidden_RxTxD, batch, USER_BEFORE, USER_END, 1) | _between(
         hidden_RxTxD, batch, CODE_BEFORE, CODE_END, 1
     )
