@@ -58,7 +58,7 @@ def test_unpacked_rows_hold_one_example_and_large_ones_raise():
 
 
 def test_slots_always_hold_the_largest_example():
-    tokens, targets, pairs = np.array([10.0] * 50), np.array([1] * 49 + [60]), np.ones(50)
+    tokens, targets, pairs = np.array([10.0] * 50), np.array([1] * 49 + [60]), np.ones(50, int)
     shape = slot_sizes(tokens, targets, pairs, pairs, RowShape(128, 0, 0), packed=True, margin=1.25, num_spans=0)
     assert shape.target_slots >= 60 and shape.pair_slots >= 12
     given_sizes = slot_sizes(tokens, targets, pairs, pairs, RowShape(128, 70, 3), packed=True, margin=1.25, num_spans=0)
