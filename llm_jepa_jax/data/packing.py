@@ -2,8 +2,6 @@
 """Packing plans: which examples lie together in which row. Pure functions of lengths."""
 
 import dataclasses
-import functools
-import operator
 
 import numpy as np
 
@@ -155,11 +153,16 @@ def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: Ro
     examples_left: list[int] = []
     placed = []
     for size, num_targets, num_pairs in zip(tokens, targets, pairs, strict=True):
-        candidates = functools.reduce(operator.or_, rooms[num_pairs:]) >> size
+        candidates = rooms[num_pairs]
+        for more in range(num_pairs + 1, most_pairs + 1):
+            candidates |= rooms[more]
+        candidates >>= size
         room, looks = -1, LOOKS
         while candidates:
             offset = ((candidates & -candidates) if looks else candidates).bit_length() - 1
-            free = next(f for f in range(num_pairs, most_pairs + 1) if open_rows[f][size + offset])
+            free = num_pairs
+            while not open_rows[free][size + offset]:
+                free += 1
             row = open_rows[free][size + offset][-1]
             if targets_left[row] >= num_targets:
                 room = size + offset
