@@ -170,10 +170,9 @@ def _evaluator(job: Job, workdir: pathlib.Path, phases: Phases, last_step: int) 
 def _embed_pairs(job: Job, params: Any) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of both views of held-out conversations, each [P, D]."""
     config, tokenizer, source = job.config, job.tokenizer, job.asked
-    jepa = config.objective.jepa
-    count = min(config.log.report_pairs, len(source))
-    records = [source[int(i)] for i in np.linspace(0, len(source) - 1, count).round().astype(int)]
-    pairs = [pair for record in records for pair in record.pairs(config.data.pairs)][: config.log.report_pairs]
+    jepa, most = config.objective.jepa, config.log.report_pairs
+    pairs = [pair for i in _evenly(len(source), most) for pair in source[i].pairs(config.data.pairs)]
+    pairs = [pairs[i] for i in _evenly(len(pairs), most)]
     if not pairs:
         return np.zeros((0, config.model.embed_dim)), np.zeros((0, config.model.embed_dim))
     texts = view_ids(tokenizer, jepa, "text", [pair.text for pair in pairs])
@@ -181,6 +180,11 @@ def _embed_pairs(job: Job, params: Any) -> tuple[np.ndarray, np.ndarray]:
     dtype = jnp.dtype(config.train.dtype)
     text_PxD, code_PxD = (encode(params, config.model, views, job.mesh, dtype) for views in (texts, codes))
     return text_PxD, code_PxD
+
+
+def _evenly(total: int, most: int) -> list[int]:
+    """At most so many numbers below the total, from the first to the last."""
+    return np.linspace(0, total - 1, min(most, total)).round().astype(int).tolist()
 
 
 def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:

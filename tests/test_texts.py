@@ -3,6 +3,7 @@
 
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -108,6 +109,7 @@ def test_a_token_over_the_end_of_a_sentence_goes_with_it():
     """Tokens as other tokenizers have them: one of `.` and a newline, and one that also holds the next letter."""
     assert sentence_bounds("a.\nb", [0, 1, 3]) == [0, 2, 3]
     assert sentence_bounds("a.\nb. c", [0, 1, 4, 5]) == [0, 3, 4]
+    assert sentence_bounds("a. é", [0, 1, 3, 3]) == [0, 2, 4], "é as two bytes, which both begin with it"
 
 
 BOUNDS = st.lists(st.lists(st.integers(1, 6), max_size=5), min_size=1, max_size=6)
@@ -167,7 +169,10 @@ def test_cuts_are_uniform_and_new_in_every_epoch(how):
 def test_views_of_plain_text_are_its_own_words(tmp_path, tokenizer, how, direction):
     """Every pair of rows decodes to neighbouring parts of its text; all tokens of the text are targets."""
     records = [{"text": f"{i}. {STORY}"} for i in range(12)] + [{"messages": turns("q", "a")}]
-    data = data_of(tmp_path, tokenizer, records, {"jepa": {"direction": direction}}, epochs=3, text_views=how)
+    data, again = (
+        data_of(tmp_path, tokenizer, records, {"jepa": {"direction": direction}}, epochs=3, text_views=how)
+        for _ in range(2)
+    )
     found = []
     for row in host_rows(data):
         segments, used = row["segments"], row["pair_weight"] > 0
@@ -188,6 +193,8 @@ def test_views_of_plain_text_are_its_own_words(tmp_path, tokenizer, how, directi
                 assert earlier.rstrip()[-1] in ".!?"
             found.append((text, earlier))
     assert len(found) == 36 and len(set(found)) > 24, "another cut in another epoch"
+    resumed, last = pickle.loads(pickle.dumps(again.steps())), data.num_steps - 1
+    np.testing.assert_array_equal(resumed[last]["tokens"], data.steps()[last]["tokens"])
     targets = sum(row["target_weight"].sum() for row in host_rows(data))
     size = sum(len(tokenizer.encode(record["text"])) + 1 for record in records[:-1]) + len(tokenizer.encode("a")) + 1
     assert targets == 3 * size

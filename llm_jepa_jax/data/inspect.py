@@ -16,6 +16,7 @@ STYLES = {
     "plain text": "default",
     "text view": "cyan",
     "code view": "green",
+    "stp text": "blue",
     "predictor": "bold white on magenta",
     "padding": "bright_black",
 }
@@ -53,10 +54,13 @@ def _show_row(row: Row, number: int, source: str, tokenizer: Tokenizer, console:
     texts, codes, targets = _marks(row, source)
     for segment in range(1, int(segments.max(initial=0)) + 1):
         places = np.flatnonzero(segments == segment).tolist()
-        view = _name(row, places, texts, codes, tokenizer)
+        ends = {place: texts.get(place, []) + codes.get(place, []) for place in places if place in texts | codes}
+        if targets.intersection(places):
+            plain = row["tokens"][places[1]] not in tokenizer.role_ids.values()
+            view = "plain text" if plain else "conversation"
+        else:  # views and the texts of `objective.stp.mode`=mask have no targets
+            view = "text view" if texts.keys() & ends else "code view" if ends else "stp text"
         line = _line(row, f"{segment:3d} {view:<12}", places)
-        ends = {place: texts.get(place, []) + codes.get(place, []) for place in places}
-        ends = {place: pairs for place, pairs in ends.items() if pairs}
         for place in places:
             line.append_text(_token(int(row["tokens"][place]), view, place in targets, place in ends, tokenizer))
         for pair in (pair for pairs in ends.values() for pair in pairs):
@@ -65,15 +69,6 @@ def _show_row(row: Row, number: int, source: str, tokenizer: Tokenizer, console:
     if used < length:
         console.print(Text(f"    padding      {length - used} tokens", STYLES["padding"]))
     _show_branches(row, tokenizer, console)
-
-
-def _name(row: Row, places: list[int], texts: Ends, codes: Ends, tokenizer: Tokenizer) -> str:
-    """What a segment is. Views inside the conversation end before its last token, which is an end-of-turn token."""
-    if places[-1] in texts or places[-1] in codes:
-        return "text view" if places[-1] in texts else "code view"
-    tokens = row["tokens"][places[:2]].tolist()
-    plain = tokens[0] == tokenizer.bos_id and tokens[-1] not in tokenizer.role_ids.values()
-    return "plain text" if plain else "conversation"
 
 
 def _show_branches(row: Row, tokenizer: Tokenizer, console: Console) -> None:
