@@ -41,6 +41,15 @@ class DataConfig:
         "the conversation and packs the code view alone, `padded` is `separate` with one example in a row",
         choices=("separate", "shared", "padded"),
     )
+    pairs: str = key(
+        "last", "a conversation's pairs: its `last` user turn and the answer, or all `turns`", choices=("last", "turns")
+    )
+    text_views: str = key(
+        "continuation",
+        "views of plain text, cut anew every epoch: a prefix and its `continuation` to the end; two `adjacent` spans "
+        "of equal length; a `sentence` and the next one",
+        choices=("continuation", "adjacent", "sentence"),
+    )
     row_length: int = key(512, "length of a packed row", "tokens")
     rows_per_step: int = key(32, "rows of one optimizer step, over all devices and micro-batches", "rows")
     row_buckets: int = key(

@@ -2,6 +2,7 @@
 """The modes of the command line: each returns the JSON object that is its last line of output."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from llm_jepa_jax.checkpoint.initial import initial_run, initial_tokenizer
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
-from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_splits
+from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_splits, with_conversation
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, view_ids
 from llm_jepa_jax.eval.evaluate import evaluate as run_task
@@ -46,6 +47,17 @@ class Job:
     mesh: Mesh
     tokenizer: Tokenizer
     splits: Splits
+
+    @functools.cached_property
+    def asked(self) -> Source:
+        """The evaluation records that can be asked: plain text asks nothing."""
+        every = self.splits.eval
+        asked = with_conversation(every)
+        if len(asked) < len(every):
+            LOG.info(
+                "evaluation: %d of %d records are plain text, which is left out", len(every) - len(asked), len(every)
+            )
+        return asked
 
 
 def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
@@ -78,7 +90,7 @@ def _tokenizer(config: Config, workdir: pathlib.Path, source: Source) -> Tokeniz
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
 
     def texts() -> Iterator[str]:
-        return (message.content for i in range(len(source)) for message in source[i].messages)
+        return (content for i in range(len(source)) for content in source[i].contents())
 
     return cached_tokenizer(texts, source.content_hash, config.text.vocab_size, cache_dir)
 
@@ -110,10 +122,11 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
             if jax.process_index() == 0:
                 from llm_jepa_jax.analysis.report import write_report  # a second of imports, wanted only at the end
 
-                np.savez(
-                    workdir / "analysis.npz",
-                    text_PxD=pairs[0], code_PxD=pairs[1], text_init_PxD=initial[0], code_init_PxD=initial[1],
-                )  # fmt: skip
+                if len(pairs[0]):
+                    np.savez(
+                        workdir / "analysis.npz",
+                        text_PxD=pairs[0], code_PxD=pairs[1], text_init_PxD=initial[0], code_init_PxD=initial[1],
+                    )  # fmt: skip
                 write_report(workdir)
         LOG.info("report: %s", workdir / "report.html")
     names = ("ntp_loss", "jepa_loss", "cos_pair", "cos_shuffled", "exact_match", "tokens_per_s", "examples_per_s")
@@ -125,9 +138,10 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
 def _log_data(data: TrainData) -> None:
     s = data.summary()
     LOG.info(
-        "data: %d examples in %d rows an epoch, fill %.1f%%, %.1f + %.1f tokens an example (conversation + views), "
-        "%d steps",
-        s["examples"], s["rows_per_epoch"], 100 * s["fill"], s["conversation_tokens"], s["view_tokens"], s["num_steps"],
+        "data: %d examples with %d pairs in %d rows an epoch, fill %.1f%%, %.1f + %.1f tokens an example "
+        "(conversation + views), %d steps",
+        s["examples"], s["pairs"], s["rows_per_epoch"], 100 * s["fill"], s["conversation_tokens"], s["view_tokens"],
+        s["num_steps"],
     )  # fmt: skip
     for kind, k in zip(data.kinds, s["kinds"], strict=True):
         LOG.info(
@@ -138,10 +152,13 @@ def _log_data(data: TrainData) -> None:
         )  # fmt: skip
 
 
-def _evaluator(job: Job, workdir: pathlib.Path, phases: Phases, last_step: int) -> Evaluate:
-    """Scores parameters at a step; the last step's evaluation is the full one."""
-    config = job.config
+def _evaluator(job: Job, workdir: pathlib.Path, phases: Phases, last_step: int) -> Evaluate | None:
+    """Scores parameters at a step; the last step's evaluation is the full one. None where there is nothing to ask."""
+    config, asked = job.config, job.asked
     task = TASKS[config.eval.tasks]
+    if not len(asked):
+        LOG.warning("no evaluation record has a conversation: %s is skipped", task.name)
+        return None
     generator = Generator(
         config.model, job.tokenizer, job.mesh, config.eval.max_new_tokens, config.eval.batch_size,
         jnp.dtype(config.train.dtype),
@@ -149,10 +166,10 @@ def _evaluator(job: Job, workdir: pathlib.Path, phases: Phases, last_step: int) 
 
     def score(params: Any, step: int) -> dict[str, float]:
         wanted = config.eval.final_examples if step == last_step else config.eval.num_examples
-        count = min(wanted or len(job.splits.eval), len(job.splits.eval))
+        count = min(wanted or len(asked), len(asked))
         path = workdir / "eval" / f"{task.name}-{step}.jsonl"
         with phases.phase("evaluate"), Bar("evaluate", count, visible=jax.process_index() == 0) as bar:
-            scores = run_task(task, generator, params, job.splits.eval, count, path, bar.update)
+            scores = run_task(task, generator, params, asked, count, path, bar.update)
         LOG.info("step %d: %s %.1f%% of %d", step, task.name, 100 * scores[task.name], count)
         return scores
 
@@ -160,16 +177,23 @@ def _evaluator(job: Job, workdir: pathlib.Path, phases: Phases, last_step: int) 
 
 
 def _embed_pairs(job: Job, params: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of both views of held-out records, each [P, D]."""
-    config, tokenizer, source = job.config, job.tokenizer, job.splits.eval
-    jepa = config.objective.jepa
-    count = min(config.log.report_pairs, len(source))
-    records = [source[int(i)] for i in np.linspace(0, len(source) - 1, count).round().astype(int)]
-    texts = view_ids(tokenizer, jepa, "text", [record.text for record in records])
-    codes = view_ids(tokenizer, jepa, "code", [record.code for record in records])
+    """Embeddings of both views of held-out conversations, each [P, D]."""
+    config, tokenizer, source = job.config, job.tokenizer, job.asked
+    jepa, most = config.objective.jepa, config.log.report_pairs
+    pairs = [pair for i in _evenly(len(source), most) for pair in source[i].pairs(config.data.pairs)]
+    pairs = [pairs[i] for i in _evenly(len(pairs), most)]
+    if not pairs:
+        return np.zeros((0, config.model.embed_dim)), np.zeros((0, config.model.embed_dim))
+    texts = view_ids(tokenizer, jepa, "text", [pair.text for pair in pairs])
+    codes = view_ids(tokenizer, jepa, "code", [pair.code for pair in pairs])
     dtype = jnp.dtype(config.train.dtype)
     text_PxD, code_PxD = (encode(params, config.model, jepa, views, job.mesh, dtype) for views in (texts, codes))
     return text_PxD, code_PxD
+
+
+def _evenly(total: int, most: int) -> list[int]:
+    """At most so many numbers below the total, from the first to the last."""
+    return np.linspace(0, total - 1, min(most, total)).round().astype(int).tolist()
 
 
 def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -177,7 +201,8 @@ def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
     run = open_run(workdir, freeze(values))
     job = Job(run.config, run.mesh, run.tokenizer, open_splits(run.config.data, run.config.seed))
     score = _evaluator(job, workdir, Phases(None), run.step)
-    return {"step": run.step} | score(run.params, run.step) | {"workdir": str(workdir)}
+    scores = score(run.params, run.step) if score else {}
+    return {"step": run.step} | scores | {"workdir": str(workdir)}
 
 
 def generate(values: ml_collections.ConfigDict, workdir: pathlib.Path, prompts: Sequence[str]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class NtpConfig(TermConfig):
     weight: float = key(1.0, "γ: weight of the next-token loss; 0: off")
     targets: str = key(
         "assistant",
-        "`assistant`: tokens of assistant turns with their end token; `all`: every token of the conversation",
+        "`assistant`: tokens of assistant turns with their end token, and of plain text; `all`: every token",
         choices=("assistant", "all"),
     )
     z_loss: float = key(
@@ -93,10 +93,12 @@ class JepaConfig(VectorsConfig):
     stop_gradient: bool = key(
         False, "no gradient into the view that is predicted: the other alone moves (published: both views move)"
     )
-    dropout: float = key(0.0, "α: share of examples that go without their JEPA pair, drawn from (seed, epoch, example)")
+    dropout: float = key(
+        0.0, "α: share of examples that go without their JEPA pairs, drawn from (seed, epoch, example)"
+    )
     dropout_by: str = key(
         "example",
-        "`example`: rows mix examples with and without their pair; `step`: they are packed apart, so that a step has "
+        "`example`: rows mix examples with and without their pairs; `step`: they are packed apart, so that a step has "
         "pairs throughout or runs next-token prediction alone, in a compiled step of its own",
         choices=("example", "step"),
     )

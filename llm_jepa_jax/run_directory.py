@@ -75,9 +75,10 @@ def claim(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, splits: S
 
 
 def _facts(splits: Splits) -> dict[str, str]:
-    first = splits.eval[0].messages[0]
+    records = (splits.eval[i] for i in range(len(splits.eval)))
+    first = next((record.messages[0] for record in records if record.messages), None)
     return {
-        "system": first.content if first.role == "system" else "",
+        "system": first.content if first and first.role == "system" else "",
         "train_hash": splits.train.content_hash,
         "eval_hash": splits.eval.content_hash,
     }

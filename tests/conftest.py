@@ -94,9 +94,10 @@ def host_rows(data: TrainData) -> list[dict[str, np.ndarray]]:
 
 
 def plain_costs(conversation: np.ndarray, views: np.ndarray, targets: np.ndarray, longest: np.ndarray) -> Costs:
-    """Costs of examples that no span is drawn from."""
+    """Costs of examples with one pair each, that no span is drawn from."""
+    none_N = np.zeros(len(conversation), np.int64)
     points_Nx4 = np.zeros((len(conversation), 4), np.int64)
-    return Costs(conversation, views, targets, longest, points_Nx4, np.zeros(len(conversation), np.int64))
+    return Costs(conversation, targets, none_N + 1, views, none_N, none_N, longest, points_Nx4)
 
 
 def replace_rows(batch: Batch, **changes: np.ndarray) -> Batch:

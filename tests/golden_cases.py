@@ -142,7 +142,7 @@ def stp_batch(golden: dict, dataset: str, name: str, stp: StpConfig, expected: d
     """The rows of an STP run; span weights must be the recorded ones."""
     fields = conversations(golden, dataset)
     points, spans = spans_of(golden, dataset, stp, expected.get("draws_start_end_full"))
-    weights = [span_weights(stp, row, size) for row, size in zip(spans, text_lengths(points), strict=True)]
+    weights = [span_weights(stp, row, point) for row, point in zip(spans, points, strict=True)]
     if "weights" in expected and stp.distance == "cosine":
         np.testing.assert_allclose(np.concatenate(weights), expected["weights"], rtol=1e-6)
     fields["span_weight"] = np.stack(weights)

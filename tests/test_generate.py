@@ -103,10 +103,12 @@ def test_evaluation_keeps_every_prompt_output_and_verdict(tmp_path, tokenizer):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert scores == {"exact_match": 0.0, "eval_examples": 6} and done[-1] == 6
     wanted = [source[int(i)] for i in np.linspace(0, 8, 6).round()]
-    assert [(line["prompt"], line["gold"]) for line in lines] == [(record.text, record.code) for record in wanted]
-    long = float(np.median([len(record.code) for record in wanted]))
+    assert [(line["prompt"], line["gold"]) for line in lines] == [
+        tuple(message.content for message in record.messages) for record in wanted
+    ]
+    long = float(np.median([len(record.messages[-1].content) for record in wanted]))
     lenient = Task("lenient", EXACT_MATCH.prompt, EXACT_MATCH.gold, lambda output, gold: len(gold) > long)
-    share = np.mean([len(record.code) > long for record in wanted])
+    share = np.mean([len(record.messages[-1].content) > long for record in wanted])
     assert 0 < share < 1
     assert evaluate(lenient, generator(tokenizer), PARAMS, source, 6, path)["lenient"] == pytest.approx(share)
 

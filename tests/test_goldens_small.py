@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm_jepa_jax.batch import FIELDS, SPAN_BEFORE, SPAN_END, Batch
-from llm_jepa_jax.data.spans import span_points, span_weights, text_lengths
+from llm_jepa_jax.data.spans import span_points, span_weights
 from llm_jepa_jax.objectives.distance import cosine, predict
 from llm_jepa_jax.objectives.jepa import jepa_sum, jepa_weight
 from llm_jepa_jax.objectives.stp import curvatures, displacements, means, stp_sum, stp_weight
@@ -56,7 +56,7 @@ def stp_case(full_name):
     if stp.adds_segments:
         hidden, places = embeddings(f"{dataset}/stp/{name}"), np.zeros((ROWS, 1, 6), np.int32)
         places[..., SPAN_BEFORE], places[..., SPAN_END] = 0, 1
-    weights = [span_weights(stp, s, n) for s, n in zip(spans, text_lengths(points), strict=True)]
+    weights = [span_weights(stp, s, p) for s, p in zip(spans, points, strict=True)]
     return stp, hidden, batch_of(span_points=places, span_weight=np.stack(weights))
 
 

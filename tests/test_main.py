@@ -157,6 +157,33 @@ def jax_leaves(tree):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.parametrize("asks", [False, True], ids=["plain text", "groups and plain text"])
+def test_any_corpus_trains_and_is_evaluated_where_it_can_be(tmp_path, monkeypatch, capsys, caplog, asks):
+    monkeypatch.chdir(REPOSITORY)
+    caplog.set_level("INFO")
+    lines = [{"text": f"It is number {i}. What comes next? It is {i + 1}."} for i in range(20 if asks else 40)]
+    groups = [{"group": [f"{i} plus one", f"one more than {i}", f"what follows {i}"]} for i in range(40)]
+    files = [tmp_path / f"{name}.jsonl" for name in ("train", "eval")]
+    for path, records in zip(files, (lines + groups if asks else lines, lines[:4] + groups[:4] * asks), strict=True):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    arguments = [
+        SMOKE, f"--workdir={tmp_path}/run", *(f"--config.data.{path.stem}={path}" for path in files),
+        "--config.train.num_steps=2", "--config.data.layout=shared", "--config.data.text_views=sentence",
+        "--config.text.vocab_size=320", "--config.mesh.data=8",
+    ]  # fmt: skip
+    result = run(["main", *arguments])
+    assert result["step"] == 2 and result["jepa_loss"] > 0
+    assert ("exact_match" in result) == (tmp_path / "run" / "analysis.npz").exists() == asks
+    words = (
+        "4 of 12 records are plain text" if asks else "no evaluation record has a conversation: exact_match is skipped"
+    )
+    assert words in caplog.text and (tmp_path / "run" / "report.html").exists()
+    assert ("exact_match" in run(["main", "--mode=eval", f"--workdir={tmp_path}/run"])) == asks
+    capsys.readouterr()
+    run(["main", "--mode=inspect", f"--workdir={tmp_path}/run", "--rows=9"])
+    assert "plain text" in capsys.readouterr().out.split("pair end")[1]
+
+
 def test_a_finished_run_started_again_changes_nothing(trained):
     workdir, result = trained
     before = (workdir / "metrics.jsonl").read_text()
@@ -198,7 +225,10 @@ SMOKE = "--config=configs/tiny.py:smoke"
         ([SMOKE, "--config.mesh.tensor=4", "--config.mesh.data=2"], "does not divide `model.num_kv_heads`=2"),
         ([SMOKE, "--config.data.rows_per_step=12"], "use a multiple of 8, such as 16"),
         ([SMOKE, "--config.data.train=none.jsonl"], "none.jsonl: No such file or directory"),
-        ([SMOKE, "--config.objective.ntp.weight=0"], "lets the embeddings collapse"),
+        (
+            [SMOKE, "--config.objective.ntp.weight=0", "--config.objective.vicreg.weight=0"],
+            "lets the embeddings collapse",
+        ),
         ([SMOKE, "--config.objective.jepa.num_predictors=11"], "use 0 to 10"),
         ([SMOKE, "--config.data.row_buckets=4"], "`data.row_buckets`=4 halves `data.row_length`=256"),
         ([SMOKE, "--config.objective.jepa.dropout_by=row"], "use one of example, step"),

@@ -18,11 +18,12 @@ def rows_of(plan):
 
 
 SIZES = st.one_of(st.integers(1, 60), st.sampled_from([8, 16, 32]))  # a few of them often, so that rooms coincide
-EXAMPLES = st.lists(st.tuples(SIZES, st.integers(0, 1)), min_size=1, max_size=80)
+PAIRS = st.integers(0, 1) | st.integers(0, 3)
+EXAMPLES = st.lists(st.tuples(SIZES, PAIRS), min_size=1, max_size=80)
 
 
 @settings(max_examples=60, deadline=None)
-@given(examples=EXAMPLES, seed=st.integers(0, 99), target_slots=st.integers(20, 64), pair_slots=st.integers(1, 6))
+@given(examples=EXAMPLES, seed=st.integers(0, 99), target_slots=st.integers(20, 64), pair_slots=st.integers(3, 9))
 def test_every_example_once_and_no_row_over_its_limits(examples, seed, target_slots, pair_slots):
     tokens = np.array([size for size, _ in examples])
     targets, pairs = np.minimum(tokens // 2, 20), np.array([pair for _, pair in examples])
@@ -53,14 +54,19 @@ def test_unpacked_rows_hold_one_example_and_large_ones_raise():
     zeros = np.zeros(3, np.int64)
     plan = plan_rows(np.array([2, 0, 1]), tokens, zeros, zeros, RowShape(64, 8, 8), packed=False)
     assert plan.examples.tolist() == [2, 0, 1] and len(plan) == 3
-    with pytest.raises(ValueError, match="larger than a row"):
-        plan_rows(np.arange(3), tokens, zeros, zeros, RowShape(49, 8, 8))
+    for pairs, shape in ((zeros, RowShape(49, 8, 8)), (zeros + 2, RowShape(64, 8, 1))):
+        with pytest.raises(ValueError, match="larger than a row"):
+            plan_rows(np.arange(3), tokens, zeros, pairs, shape)
 
 
 def test_slots_always_hold_the_largest_example():
-    tokens, targets, pairs = np.array([10.0] * 50), np.array([1] * 49 + [60]), np.ones(50)
+    tokens, targets, pairs = np.array([10.0] * 50), np.array([1] * 49 + [60]), np.ones(50, int)
     shape = slot_sizes(tokens, targets, pairs, pairs, RowShape(128, 0, 0), packed=True, margin=1.25, num_spans=0)
     assert shape.target_slots >= 60 and shape.pair_slots >= 12
+    several = slot_sizes(
+        tokens, targets, pairs * 20, pairs, RowShape(128, 0, 0), packed=False, margin=1.25, num_spans=0
+    )
+    assert several.pair_slots >= 20
     given_sizes = slot_sizes(tokens, targets, pairs, pairs, RowShape(128, 70, 3), packed=True, margin=1.25, num_spans=0)
     assert dataclasses.astuple(given_sizes)[:3] == (128, 70, 3)
 
@@ -76,10 +82,11 @@ def test_slots_follow_the_weights_of_the_records():
 
 
 @settings(max_examples=150, deadline=None)
-@given(examples=EXAMPLES, target_slots=st.integers(1, 8), pair_slots=st.integers(1, 3))
+@given(examples=EXAMPLES, target_slots=st.integers(1, 8), pair_slots=st.integers(3, 6))
 def test_rows_are_those_of_a_search_through_all_open_rows(examples, target_slots, pair_slots):
     tokens = np.array([size for size, _ in examples])
     pairs = np.array([pair for _, pair in examples])
+    most = pairs.max()
     shape = RowShape(64, target_slots, pair_slots)
     plan = plan_rows(np.arange(len(examples)), tokens, np.ones_like(tokens), pairs, shape)
     rows: list[dict] = []
@@ -87,8 +94,8 @@ def test_rows_are_those_of_a_search_through_all_open_rows(examples, target_slots
         fitting = [r for r in rows if r["room"] >= size and r["pairs"] >= pair and len(r["members"]) < target_slots]
         if not fitting:
             rows.append({"room": 64, "pairs": pair_slots, "members": []})
-        # of equal rooms: one without a free pair slot, then the one used last
-        best = min(fitting, key=lambda r: (r["room"], r["pairs"] > 0, -r["members"][-1]), default=rows[-1])
+        # of equal rooms: the fewest free pair slots that are of use, then the one used last
+        best = min(fitting, key=lambda r: (r["room"], min(r["pairs"], most), -r["members"][-1]), default=rows[-1])
         best["room"] -= size
         best["pairs"] -= pair
         best["members"].append(example)

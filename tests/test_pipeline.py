@@ -14,6 +14,7 @@ from rich.console import Console
 
 from llm_jepa_jax.batch import FIELDS, RowShape, check_batch
 from llm_jepa_jax.config import freeze
+from llm_jepa_jax.data.cuts import Texts
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.packing import Plan
 from llm_jepa_jax.data.rows import RowBuilder
@@ -21,7 +22,7 @@ from llm_jepa_jax.data.sources import JsonlSource
 from llm_jepa_jax.data.views import has_pair
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.chat import ViewTokens, render, render_view
-from tests.conftest import host_batch, host_rows, small_config, small_data
+from tests.conftest import host_batch, host_rows, plain_costs, small_config, small_data
 
 
 def batches(data, step, count, process=0, processes=1):
@@ -53,8 +54,9 @@ def test_rows_say_what_the_records_say(tmp_path, tokenizer, layout, targets, pre
         rendered = render(tokenizer, source[i].messages)
         keep = rendered.assistant_target if targets == "assistant" else np.arange(len(rendered.tokens)) > 0
         expected["conversation"][tuple(rendered.tokens.tolist())] = np.flatnonzero(keep).tolist()
-        text = render_view(tokenizer, "user", source[i].text) + list(tokenizer.predictor_ids[:predictors])
-        expected["pair"][tuple(text)] = tuple(render_view(tokenizer, "assistant", source[i].code))
+        (pair,) = source[i].pairs("last")
+        text = render_view(tokenizer, "user", pair.text) + list(tokenizer.predictor_ids[:predictors])
+        expected["pair"][tuple(text)] = tuple(render_view(tokenizer, "assistant", pair.code))
     seen_conversations, seen_pairs = [], 0
     for row in host_rows(data):
         found = check_row(row if layout != "shared" else as_separate(row, predictors), expected)
@@ -263,57 +265,70 @@ def test_readers_at_once_agree_on_where_epochs_begin(tmp_path, tokenizer):
 
 
 class FakeCorpus:
-    """Ragged arrays by record, as `TokenizedCorpus` gives them."""
-
-    def __init__(self, arrays):
+    def __init__(self, arrays, counts):
         self.arrays = arrays
+        self.pair_offsets = np.cumsum([0, *counts])
+        self.text_places = np.full((sum(counts), 2), -1)
 
     def get(self, name, index):
         return self.arrays[name][index]
 
 
-RECORDS = st.lists(
-    st.tuples(st.integers(2, 20), st.integers(1, 12), st.integers(1, 12), st.booleans()), min_size=1, max_size=12
-)
+VIEW_LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=3)
+RECORDS = st.lists(st.tuples(st.integers(4, 20), VIEW_LENGTHS, st.booleans()), min_size=1, max_size=9)
 
 
 @settings(max_examples=80, deadline=None)
 @given(records=RECORDS, predictors=st.integers(0, 10), targets=st.sampled_from(["all", "assistant"]), data=st.data())
 def test_any_row_can_be_read_back(records, predictors, targets, data):
-    """Any lengths, pairs and targets: the segments, in order, are the examples' token for token."""
+    """Any lengths, pairs, cuts and targets: the segments, in order, are the examples' token for token."""
     rng = np.random.default_rng(len(records))
-    names = ("conversation", "text_view", "code_view")
-    arrays = {n: [rng.integers(20, 99, sizes[i]).astype(np.int32) for sizes in records] for i, n in enumerate(names)}
+    views = [view for _, lengths, _ in records for view in lengths]
+    sizes = {"conversation": [r[0] for r in records]} | dict(
+        zip(("text_view", "code_view"), zip(*views, strict=True) if views else ((), ()), strict=True)
+    )
+    arrays = {name: [rng.integers(20, 99, size).astype(np.int32) for size in sizes[name]] for name in sizes}
     # the first token has nothing before it, so it is never a target
     marks = [data.draw(st.lists(st.booleans(), min_size=r[0] - 1, max_size=r[0] - 1)) for r in records]
     arrays["assistant_target"] = [np.array([False, *mark]) for mark in marks]
     ids = tuple(range(100, 100 + predictors))
-    shape = RowShape(length=700, target_slots=260, pair_slots=12)
-    with_pair = np.array([r[3] for r in records])
+    shape = RowShape(length=1200, target_slots=260, pair_slots=27)
+    counts = [len(lengths) for _, lengths, _ in records]
+    corpus = FakeCorpus(arrays, counts)
+    cuts = np.zeros((len(records), 2, 2), np.int32)
+    for i, (length, lengths, keeps) in enumerate(records):
+        if not lengths and keeps:  # plain text
+            start, cut, end = sorted(data.draw(st.permutations(range(length - 1)))[:3])
+            cuts[i], counts[i] = ((start, cut), (cut, end)), 1
+        counts[i] *= keeps
     order = rng.permutation(len(records))
     config = freeze({"objective": {"ntp": {"targets": targets}}})
-    plan = Plan(order, with_pair[order], np.zeros((len(order), 0, 2), np.int32), np.array([0, len(order)]))
-    rows = RowBuilder(FakeCorpus(arrays), config, ViewTokens(ids, (), "append"), 1, np.zeros((len(records), 4), int))(
-        plan, 1, shape
-    )
+    plan = Plan(order, np.array(counts)[order], cuts[order], np.array([0, len(order)]))
+    costs = dataclasses.replace(plain_costs(*[np.zeros(len(records))] * 4), texts=Texts(np.zeros(0), np.zeros(0)))
+    rows = RowBuilder(corpus, config, ViewTokens(ids, (), "append"), 1, costs)(plan, 1, shape)
     row = {name: rows[name][0] for name in FIELDS}
     expected, wanted, ends, place = [], [], [], 0
     for i in order:
-        segments = [arrays["conversation"][i].tolist()]
+        text = arrays["conversation"][i].tolist()
+        segments = [text]
         marked = range(1, records[i][0]) if targets == "all" else np.flatnonzero(arrays["assistant_target"][i])
         wanted += [place + int(mark) for mark in marked]
-        if with_pair[i]:
-            segments += [[*arrays["text_view"][i], *ids], arrays["code_view"][i].tolist()]
-            text_end = place + len(segments[0]) + len(segments[1]) - 1
-            ends.append((text_end, text_end + len(segments[2])))
+        for pair in range(corpus.pair_offsets[i], corpus.pair_offsets[i] + counts[i]):
+            if cuts[i].any():
+                views = [text[:1] + text[1 + start : 1 + end] for start, end in cuts[i]]
+            else:
+                views = [arrays["text_view"][pair].tolist(), arrays["code_view"][pair].tolist()]
+            text_end = place + sum(map(len, segments)) + len(views[0]) + predictors - 1
+            ends.append((text_end, text_end + len(views[1])))
+            segments += [[*views[0], *ids], views[1]]
         expected += segments
         place += sum(map(len, segments))
     flat = [token for segment in expected for token in segment]
-    np.testing.assert_array_equal(row["tokens"], flat + [0] * (700 - place))
+    np.testing.assert_array_equal(row["tokens"], flat + [0] * (1200 - place))
     numbers = [n for n, segment in enumerate(expected, 1) for _ in segment]
-    np.testing.assert_array_equal(row["segments"], numbers + [0] * (700 - place))
+    np.testing.assert_array_equal(row["segments"], numbers + [0] * (1200 - place))
     restarts = [position for segment in expected for position in range(len(segment))]
-    np.testing.assert_array_equal(row["positions"], restarts + [0] * (700 - place))
+    np.testing.assert_array_equal(row["positions"], restarts + [0] * (1200 - place))
     num, slots = len(wanted), len(ends)
     np.testing.assert_array_equal(row["target_index"][:num] + 1, wanted)
     np.testing.assert_array_equal(row["targets"][:num], row["tokens"][wanted])
@@ -340,9 +355,9 @@ def test_any_process_count_from_any_step_reads_the_same_stream(tmp_path, tokeniz
 
 def test_a_wrong_record_names_its_line(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a", "code": "b"}\n{"text": "a"}\n')
+    path.write_text('{"text": "a", "code": "b"}\n{"code": "a"}\n')
     assert len(JsonlSource(path)) == 2
-    with pytest.raises(UserError, match=r"a.jsonl:2: `text` without `code`"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: `code` without `text`"):
         small_data(small_config(tmp_path, data={"train": str(path), "eval": str(path)}), tokenizer)
 
 
@@ -353,7 +368,7 @@ def test_a_text_view_outside_the_conversation_needs_the_separate_layout(tmp_path
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {"train": str(path), "eval": str(path)}
     small_data(small_config(tmp_path, data=files), tokenizer)
-    with pytest.raises(UserError, match=r"a.jsonl:2: `text` is not the last user turn .*use data.layout=separate"):
+    with pytest.raises(UserError, match=r"a.jsonl:2: `text` is no user turn .*use data.layout=separate"):
         small_data(small_config(tmp_path, data=files | {"layout": "shared"}), tokenizer)
 
 

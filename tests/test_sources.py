@@ -8,7 +8,7 @@ import pytest
 
 from llm_jepa_jax.config import DataConfig
 from llm_jepa_jax.data import synthetic
-from llm_jepa_jax.data.records import parse_record
+from llm_jepa_jax.data.records import Pair, parse_records
 from llm_jepa_jax.data.sources import JsonlSource, absolute_paths, open_splits
 from llm_jepa_jax.errors import UserError
 
@@ -25,7 +25,7 @@ def line(*roles, content="x"):
         ('{"messages": [', "not JSON at column"),
         ("[1]", "a record is a JSON object, not list"),
         ("{}", "missing key `messages`"),
-        ('{"text": "a"}', "`text` without `code`"),
+        ('{"code": "a"}', "`code` without `text`"),
         ('{"text": "a", "code": 3}', "`code` is int; it must be a string"),
         ('{"text": "a", "code": "b", "label": 1}', "unknown key `label`"),
         ('{"messages": []}', "must be a list of turns"),
@@ -40,18 +40,23 @@ def line(*roles, content="x"):
 )
 def test_wrong_records_name_place_and_fix(text, words):
     with pytest.raises(UserError) as caught:
-        parse_record(text, "data.jsonl:7")
+        parse_records(text, "data.jsonl:7")
     message = str(caught.value)
     assert message.startswith("data.jsonl:7: ") and words in message and "\n" not in message
 
 
 def test_views_of_records():
-    record = parse_record(line("system", "user", "assistant", "user", "assistant"), "f:1")
-    assert (record.text, record.code) == ("x", "x") and len(record.messages) == 5
-    pair = parse_record('{"text": "t", "code": "c"}', "f:1")
-    assert [message.role for message in pair.messages] == ["user", "assistant"]
-    named = parse_record(json.dumps(GOOD | {"text": "t", "code": "c"}), "f:1")
-    assert (named.text, named.code, named.messages[0].content) == ("t", "c", "q")
+    (record,) = parse_records(line("system", "user", "assistant", "user", "assistant"), "f:1")
+    assert record.pairs("last") == (Pair("x", "x", 3),) and record.pairs("turns") == (("x", "x", 1), ("x", "x", 3))
+    (record,) = parse_records('{"text": "t", "code": "c"}', "f:1")
+    assert [message.role for message in record.messages] == ["user", "assistant"]
+    (record,) = parse_records(json.dumps(GOOD | {"text": "t", "code": "c"}), "f:1")
+    assert record.pairs("last") == record.pairs("turns") == (("t", "c", -1),) and record.messages[0].content == "q"
+    pairs = [{"text": "q", "code": "c"}, {"text": "t", "code": "d"}]
+    (record,) = parse_records(json.dumps(GOOD | {"pairs": pairs}), "f:1")
+    assert record.pairs("last") == (("q", "c", 0), ("t", "d", -1))
+    (record,) = parse_records('{"text": "a. b"}', "f:1")
+    assert record.pairs("turns") == record.messages == () and [*record.contents()] == ["a. b"]
 
 
 def test_random_access_lines_and_pickling(tmp_path):
@@ -61,7 +66,7 @@ def test_random_access_lines_and_pickling(tmp_path):
     source = JsonlSource(path)
     source[3]  # opens the map, which must not be pickled
     for one in (source, pickle.loads(pickle.dumps(source))):
-        assert [one[i].text for i in (4, 0, 2)] == ["t4", "t0", "t2"]
+        assert [one[i].messages[0].content for i in (4, 0, 2)] == ["t4", "t0", "t2"]
         assert len(one) == 5 and one.location(1) == f"{path}:3"
 
 
@@ -91,8 +96,8 @@ def test_splits_and_weights(tmp_path):
         )
     spec = f"{tmp_path}/a.jsonl, {tmp_path}/b.jsonl * 2.5"
     splits = open_splits(DataConfig(train=spec, eval_share=0.2), seed=1)
-    train = [splits.train[i].text for i in range(len(splits.train))]
-    held = [splits.eval[i].text for i in range(len(splits.eval))]
+    train = [splits.train[i].messages[0].content for i in range(len(splits.train))]
+    held = [splits.eval[i].messages[0].content for i in range(len(splits.eval))]
     assert len(held) == 8 and not set(train) & set(held) and len(set(train)) == 32
     assert all(weight == (2.5 if text[0] == "b" else 1.0) for text, weight in zip(train, splits.weights, strict=True))
     other = open_splits(DataConfig(train=f"{tmp_path}/a.jsonl", eval=f"{tmp_path}/b.jsonl"), seed=1)
@@ -115,8 +120,8 @@ def test_synthetic_corpus_is_large_distinct_and_repeatable():
     assert (train, held) == again
     assert synthetic.generate(50, 5, seed=1) != synthetic.generate(50, 5)
     records = train + held
-    assert len({record.text for record in records}) == len({record.code for record in records}) == 11000
-    codes = [record.code for record in records]
+    texts, codes = zip(*([message.content for message in record.messages] for record in records), strict=True)
+    assert len(set(texts)) == len(set(codes)) == 11000
     for sign in ("&", "~(", "{", "|", "){0,"):
         assert np.mean([sign in code for code in codes]) > 0.05, sign
     for code in codes:

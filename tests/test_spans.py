@@ -119,7 +119,9 @@ def test_modes_without_draws():
     points = points_of([(1, 4, 2, 3), (1, 0, 2, 1)])
     for mode in ("mean", "curvature"):
         spans = draw_spans(StpConfig(mode=mode), 0, 0, points)
-        assert not spans.any() and span_weights(StpConfig(mode=mode), spans[0], 7).tolist() == [1.0]
+        assert not spans.any() and span_weights(StpConfig(mode=mode), spans[0], np.array([0, 4, 5, 8])).tolist() == [
+            1.0
+        ]
     spans = draw_spans(StpConfig(mode="e2e"), 0, 0, points)
     assert spans.tolist() == [[[4, 7]], [[0, 1]]]
 
@@ -129,7 +131,7 @@ def test_modes_without_draws():
 )
 def test_length_weights(weighting, expected):
     spans = np.array([[2, 5], [0, 5], [0, 0]])
-    weights = span_weights(StpConfig(length_weighting=weighting), spans, 10)
+    weights = span_weights(StpConfig(length_weighting=weighting), spans, np.array([0, 6, 8, 12]))
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 

@@ -115,16 +115,32 @@ def test_shared_equals_separate_where_the_text_begins_the_conversation(
     tmp_path, tokenizer, predictors, view_end, direction, placement
 ):
     """Loss and gradient over the same examples, 1e-5."""
+    jepa = {"num_predictors": predictors, "view_end": view_end, "direction": direction, "placement": placement}
+    assert_shared_equals_separate(tmp_path, tokenizer, jepa, {})
+
+
+@pytest.mark.parametrize("jepa", [{"num_predictors": 2}, {"direction": "code_to_text"}], ids=["branches", "no branch"])
+def test_shared_equals_separate_for_plain_text_and_several_pairs(tmp_path, tokenizer, jepa):
+    """Where the text view is what a document begins with, or the first turn of a conversation."""
+    lines = []
+    for i in range(20):
+        user, code = f"lines that have {i} digits", f"[0-9]{{{i}}}"
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": code}] * 2
+        messages[2] = {"role": "user", "content": f"again {i}"}
+        pairs = [{"text": user, "code": other} for other in (code, f"<{i}>", "a.b")]
+        lines += [{"messages": messages, "pairs": pairs}, {"text": f"lines that start with {i}, or have {user}"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert_shared_equals_separate(tmp_path, tokenizer, jepa, {"train": str(path), "eval": str(path)})
+
+
+def assert_shared_equals_separate(tmp_path, tokenizer, jepa, files):
     results = {}
     for layout in ("separate", "shared"):
-        jepa = {
-            "num_predictors": predictors, "view_end": view_end, "dropout": 0.3, "direction": direction,
-            "placement": placement,
-        }  # fmt: skip
         config = small_config(
             tmp_path,
-            data={"layout": layout, "rows_per_step": 24},
-            objective={"jepa": jepa},
+            data={"layout": layout, "rows_per_step": 40} | files,
+            objective={"jepa": {"dropout": 0.3} | jepa},
             train={"num_steps": 0, "num_epochs": 1},
         )
         data = small_data(config, tokenizer)

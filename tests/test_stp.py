@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jepa_jax.batch import CODE_BEFORE, CODE_END, FIELDS, USER_BEFORE, USER_END, Batch
-from llm_jepa_jax.data.spans import content_points, draw_spans, span_points, span_weights, text_lengths
+from llm_jepa_jax.data.spans import content_points, draw_spans, span_points, span_weights
 from llm_jepa_jax.objective_config import ObjectiveConfig, StpConfig
 from llm_jepa_jax.objectives.stp import curvatures, displacements, means, stp_sum, stp_weight
 from llm_jepa_jax.objectives.term import Inputs
@@ -36,7 +36,7 @@ def drawn(text, stp, epoch=0):
     return (
         points[0],
         spans,
-        spans_batch(span_points(points[0], spans), span_weights(stp, spans, text_lengths(points)[0])),
+        spans_batch(span_points(points[0], spans), span_weights(stp, spans, points[0])),
     )
 
 

@@ -54,20 +54,21 @@ def expected_views(config, tokenizer, direction, placement, predictors):
     source, ids = open_splits(config.data, config.seed).train, list(tokenizer.predictor_ids[:predictors])
     expected = set()
     for record in (source[i] for i in range(len(source))):
-        text, code = render_view(tokenizer, "user", record.text), render_view(tokenizer, "assistant", record.code)
+        (pair,) = record.pairs("last")
+        text, code = render_view(tokenizer, "user", pair.text), render_view(tokenizer, "assistant", pair.code)
         first, second = (text, code) if direction == "text_to_code" else (code, text)
         first = [*first[:2], *ids, *first[2:]] if placement == "prepend" else [*first, *ids]
         first, second = ([*view, tokenizer.end_of_turn_id] for view in (first, second))
         expected.add((tuple(first), tuple(second)))
         names = ("text", "code") if direction == "text_to_code" else ("code", "text")
-        for name, content, tokens in zip(names, sorted_by(names, record), (first, second), strict=True):
+        for name, content, tokens in zip(names, sorted_by(names, pair), (first, second), strict=True):
             (shown,) = view_ids(tokenizer, config.objective.jepa, name, [content])
             assert shown.tolist() == tokens and shown.dtype == np.int32
     return expected
 
 
-def sorted_by(names, record):
-    return [getattr(record, name) for name in names]
+def sorted_by(names, pair):
+    return [getattr(pair, name) for name in names]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

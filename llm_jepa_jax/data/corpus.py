@@ -10,30 +10,35 @@ import tempfile
 
 import numpy as np
 
+from llm_jepa_jax.data.cuts import Texts, sentence_bounds
+from llm_jepa_jax.data.records import Record
 from llm_jepa_jax.data.sources import Source
-from llm_jepa_jax.text.chat import render, render_view
+from llm_jepa_jax.text.chat import Rendered, render, render_document, render_view
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
-VERSION = "3"
+VERSION = "4"
 """Changes with the layout of the files or the rendering of a conversation."""
-RAGGED = ("conversation", "text_view", "code_view")
+RAGGED = ("conversation", "sentences", "text_view", "code_view")
+"""Arrays of different length for each record or, views, for each pair."""
 ALIGNED = ("roles", "assistant_target")
 """Arrays with one value for every token of the conversations."""
+FIXED = ("contents", "text_places", "pair_offsets")
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedCorpus:
-    """Memory-mapped ragged arrays of N records; pickles as its directory.
+    """Memory-mapped ragged arrays of N records and their Q pairs; pickles as its directory.
 
-    `conversation`, `text_view` and `code_view` hold int32 token ids (views without predictor tokens or end-of-turn
-    token), `roles` (uint8) and `assistant_target` (bool) go with the tokens of `conversation`.
+    `conversation` (of each record, plain text too), `text_view` and `code_view` (of each pair of a conversation) hold
+    int32 token ids, views without predictor tokens or end-of-turn token; `roles` (uint8) and `assistant_target` (bool)
+    go with the tokens of `conversation`; `sentences` are plain text's (`cuts.Texts`).
     """
 
     directory: pathlib.Path
 
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
-        names = [*RAGGED, *ALIGNED, "contents", "text_inside", *(f"{name}_offsets" for name in RAGGED)]
+        names = [*RAGGED, *ALIGNED, *FIXED, *(f"{name}_offsets" for name in RAGGED)]
         # As plain arrays over the mapped memory: slicing a `np.memmap` costs several times as much.
         return {name: np.asarray(np.load(self.directory / f"{name}.npy", mmap_mode="r")) for name in names}
 
@@ -44,24 +49,35 @@ class TokenizedCorpus:
         return len(self._arrays["conversation_offsets"]) - 1
 
     def get(self, name: str, index: int) -> np.ndarray:
-        """One record's values of one ragged or aligned array."""
+        """One record's or pair's values of one ragged or aligned array."""
         offsets = self._arrays[f"{name}_offsets" if name in RAGGED else "conversation_offsets"]
         return self._arrays[name][offsets[index] : offsets[index + 1]]
 
     def lengths(self, name: str) -> np.ndarray:
-        """int64 [N] tokens of each record's conversation or view."""
+        """int64 [N] tokens of each record's conversation, or [Q] of each pair's view."""
         return np.diff(self._arrays[f"{name}_offsets"])
 
     @property
     def contents(self) -> np.ndarray:
         """int32 [N, 4]: places in each conversation, before the last user turn's content, of its last token, and the
-        same of the last assistant turn."""
+        same of the last assistant turn; of plain text its content, and nothing behind it."""
         return self._arrays["contents"]
 
     @property
-    def text_inside(self) -> np.ndarray:
-        """bool [N]: the text view is the content of the last user turn."""
-        return self._arrays["text_inside"]
+    def pair_offsets(self) -> np.ndarray:
+        """int64 [N + 1]: where each record's pairs begin among all."""
+        return self._arrays["pair_offsets"]
+
+    @property
+    def text_places(self) -> np.ndarray:
+        """int32 [Q, 2]: first and last place of each text view inside the conversation, where it is the content of a
+        user turn; else −1. A view with nothing before it begins with the conversation, others with their role."""
+        return self._arrays["text_places"]
+
+    @property
+    def texts(self) -> Texts:
+        """The plain texts among the records."""
+        return Texts(self._arrays["sentences"], self._arrays["sentences_offsets"])
 
     def num_targets(self, targets: str) -> np.ndarray:
         """int64 [N] next-token targets of each record, for `objective.ntp.targets`."""
@@ -71,19 +87,19 @@ class TokenizedCorpus:
         return np.diff(ends[self._arrays["conversation_offsets"]])
 
 
-def tokenize_source(source: Source, tokenizer: Tokenizer, cache_dir: pathlib.Path) -> TokenizedCorpus:
-    """The tokenised records of `source`, from the cache where it has them.
+def tokenize_source(source: Source, tokenizer: Tokenizer, cache_dir: pathlib.Path, pairs: str) -> TokenizedCorpus:
+    """The tokenised records of `source` and their pairs under `data.pairs`, from the cache where it has them.
 
     Raises:
         UserError: a record is wrong (with its `file:line`).
     """
-    key = f"{source.content_hash} {tokenizer.fingerprint} {VERSION}"
+    key = f"{source.content_hash} {tokenizer.fingerprint} {pairs} {VERSION}"
     directory = cache_dir / "tokenized" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         part = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".part-"))
         try:
-            _write(source, tokenizer, part)
+            _write(source, tokenizer, part, pairs)
             _publish(part, directory)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -98,23 +114,36 @@ def _publish(part: pathlib.Path, directory: pathlib.Path) -> None:
             raise
 
 
-def _write(source: Source, tokenizer: Tokenizer, directory: pathlib.Path) -> None:
+def _write(source: Source, tokenizer: Tokenizer, directory: pathlib.Path, which: str) -> None:
     values: dict[str, list[np.ndarray]] = {name: [] for name in (*RAGGED, *ALIGNED)}
-    contents, text_inside = [], []
+    contents, text_places, pair_offsets = [], [], [0]
     for index in range(len(source)):
         record = source[index]
-        rendered = render(tokenizer, record.messages)
+        rendered, bounds = _render(tokenizer, record)
         values["conversation"].append(rendered.tokens)
         values["roles"].append(rendered.roles)
         values["assistant_target"].append(rendered.assistant_target)
+        values["sentences"].append(np.array(bounds, np.int32))
         contents.append(rendered.contents[-2:].reshape(-1))
-        text_inside.append(record.text == record.messages[-2].content)
-        for name, role, content in (("text_view", "user", record.text), ("code_view", "assistant", record.code)):
-            values[name].append(np.array(render_view(tokenizer, role, content), np.int32))
+        for pair in record.pairs(which):
+            first, last = rendered.contents[pair.turn] if pair.turn >= 0 else (-1, -1)
+            text_places.append((0 if first == 1 else first, last))
+            for name, role, content in (("text_view", "user", pair.text), ("code_view", "assistant", pair.code)):
+                values[name].append(np.array(render_view(tokenizer, role, content), np.int32))
+        pair_offsets.append(len(text_places))
     np.save(directory / "contents.npy", np.array(contents, np.int32))
-    np.save(directory / "text_inside.npy", np.array(text_inside, np.bool_))
+    np.save(directory / "text_places.npy", np.array(text_places, np.int32).reshape(-1, 2))
+    np.save(directory / "pair_offsets.npy", np.array(pair_offsets, np.int64))
     for name, arrays in values.items():
-        np.save(directory / f"{name}.npy", np.concatenate(arrays))
+        np.save(directory / f"{name}.npy", np.concatenate(arrays) if arrays else np.zeros(0, np.int32))
         if name in RAGGED:
-            offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])])
+            offsets = np.cumsum([0, *map(len, arrays)])
             np.save(directory / f"{name}_offsets.npy", offsets.astype(np.int64))
+
+
+def _render(tokenizer: Tokenizer, record: Record) -> tuple[Rendered, list[int]]:
+    """A record's tokens, and the bounds of its sentences where it is plain text."""
+    if record.messages:
+        return render(tokenizer, record.messages), []
+    ids, places = tokenizer.encode_with_places(record.document)
+    return render_document(tokenizer, ids), sentence_bounds(record.document, places)

@@ -13,6 +13,11 @@ def uniform(seed: int, epoch: int, stream: int, index_N: np.ndarray) -> np.ndarr
     return (state_N >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def below(limit_N: np.ndarray, seed: int, epoch: int, stream: int, index_N: np.ndarray) -> np.ndarray:
+    """int64 [N] uniform in 0 to limit − 1, drawn as `uniform` draws."""
+    return np.floor(uniform(seed, epoch, stream, index_N) * limit_N).astype(np.int64)
+
+
 def _mix(state: np.ndarray) -> np.ndarray:
     state = state + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

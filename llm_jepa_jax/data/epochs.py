@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.data.kinds import Kinds, num_spans, plan_epoch
+from llm_jepa_jax.data.kinds import Kinds, plan_epoch
 from llm_jepa_jax.data.packing import Plan, no_rows
-from llm_jepa_jax.data.spans import masked_tokens
 from llm_jepa_jax.data.views import Costs
 
 KEPT_EPOCHS = 3
@@ -71,9 +70,7 @@ class Epochs:
     def tokens(self, plan: Plan) -> int:
         """Tokens that a plan's rows hold, padding not counted and branches counted."""
         branch = max(step.row.branch for step in self.kinds.steps)
-        costs, pairs, stp = self.costs, plan.pairs.astype(np.int64), self._config.objective.stp
-        tokens_E = costs.conversation_N[plan.examples] + (costs.views_N[plan.examples] + branch) * pairs
-        return int((tokens_E + masked_tokens(stp, costs.points_Nx4[plan.examples], plan.spans)).sum())
+        return int((self.costs.tokens(plan.pairs, plan.drawn, plan.examples) + branch * plan.pairs).sum())
 
     def get(self, epoch: int) -> Epoch:
         """An epoch's steps; the next epoch's are on their way then."""
@@ -109,7 +106,7 @@ class Epochs:
         kinds = self.kinds.steps
         while len(self._left) < epoch:
             self._make(len(self._left))
-        before = self._left[epoch - 1] if epoch else (no_rows(num_spans(self._config)),) * len(kinds)
+        before = self._left[epoch - 1] if epoch else (no_rows(self.costs.num_cuts + self.costs.num_spans),) * len(kinds)
         plans = [old.then(new) for old, new in zip(before, self.plans(epoch), strict=True)]
         counts = [len(plan) // kind.rows for plan, kind in zip(plans, kinds, strict=True)]
         kind_S = np.repeat(np.arange(len(kinds)), counts)

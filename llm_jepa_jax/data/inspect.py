@@ -8,10 +8,15 @@ from rich.text import Text
 from llm_jepa_jax.data.pipeline import TrainData
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
+Row = dict[str, np.ndarray]
+Ends = dict[int, list[int]]
+"""Pairs by the place where they are read."""
 STYLES = {
     "conversation": "default",
+    "plain text": "default",
     "text view": "cyan",
     "code view": "green",
+    "stp text": "blue",
     "predictor": "bold white on magenta",
     "padding": "bright_black",
 }
@@ -38,31 +43,35 @@ def show_rows(data: TrainData, tokenizer: Tokenizer, num_rows: int, console: Con
             _show_row(row, number, data.config.objective.jepa.source, tokenizer, console)
     console.print(
         f"packing: {s['examples']} examples in {s['rows_per_epoch']} rows an epoch, fill {s['fill']:.1%}, "
-        f"{s['examples_per_row']:.1f} examples a row, {s['dropped']} records dropped"
+        f"{s['examples_per_row']:.1f} examples a row, {s['pairs']} pairs, {s['dropped']} records dropped"
     )
 
 
-def _show_row(row: dict[str, np.ndarray], number: int, source: str, tokenizer: Tokenizer, console: Console) -> None:
+def _show_row(row: Row, number: int, source: str, tokenizer: Tokenizer, console: Console) -> None:
     length, segments = len(row["segments"]), row["segments"]
     used = int((segments > 0).sum())
     console.rule(f"row {number}: {int(row['num_examples'])} examples, {used} of {length} tokens")
     texts, codes, targets = _marks(row, source)
     for segment in range(1, int(segments.max(initial=0)) + 1):
         places = np.flatnonzero(segments == segment).tolist()
-        view = "text view" if places[-1] in texts else "code view" if places[-1] in codes else "conversation"
+        ends = {place: texts.get(place, []) + codes.get(place, []) for place in places if place in texts | codes}
+        if targets.intersection(places):
+            plain = row["tokens"][places[1]] not in tokenizer.role_ids.values()
+            view = "plain text" if plain else "conversation"
+        else:  # views and the texts of `objective.stp.mode`=mask have no targets
+            view = "text view" if texts.keys() & ends else "code view" if ends else "stp text"
         line = _line(row, f"{segment:3d} {view:<12}", places)
-        ends = set(places) & (texts.keys() | codes.keys())
         for place in places:
             line.append_text(_token(int(row["tokens"][place]), view, place in targets, place in ends, tokenizer))
-        for end in sorted(ends):
-            line.append(f"  ← pair {(texts | codes)[end]}", "dim")
+        for pair in (pair for pairs in ends.values() for pair in pairs):
+            line.append(f"  ← pair {pair}", "dim")
         console.print(line)
     if used < length:
         console.print(Text(f"    padding      {length - used} tokens", STYLES["padding"]))
     _show_branches(row, tokenizer, console)
 
 
-def _show_branches(row: dict[str, np.ndarray], tokenizer: Tokenizer, console: Console) -> None:
+def _show_branches(row: Row, tokenizer: Tokenizer, console: Console) -> None:
     """The predictor tokens behind the row, and where each branch hangs."""
     length, pairs = len(row["segments"]), np.flatnonzero(row["pair_weight"])
     size = (len(row["tokens"]) - length) // max(1, len(row["pair_weight"]))
@@ -74,15 +83,17 @@ def _show_branches(row: dict[str, np.ndarray], tokenizer: Tokenizer, console: Co
         console.print(line.append(f"  ← pair {pair}", "dim"))
 
 
-def _line(row: dict[str, np.ndarray], name: str, places: list[int]) -> Text:
+def _line(row: Row, name: str, places: list[int]) -> Text:
     return Text(f"{name} pos {row['positions'][places[0]]}–{row['positions'][places[-1]]}  ", "dim")
 
 
-def _marks(row: dict[str, np.ndarray], source: str) -> tuple[dict[int, int], dict[int, int], set[int]]:
-    """Places of text view ends and code view ends with their pair's number, and places that are predicted."""
-    pairs = np.flatnonzero(row["pair_weight"])
-    sources = {int(row["predictor_index"][p]): int(p) for p in pairs}
-    targets = {int(row["code_index"][p]): int(p) for p in pairs}
+def _marks(row: Row, source: str) -> tuple[Ends, Ends, set[int]]:
+    """Pairs by the places where their text views and code views end, and places that are predicted."""
+    sources: Ends = {}
+    targets: Ends = {}
+    for pair in np.flatnonzero(row["pair_weight"]).tolist():
+        sources.setdefault(int(row["predictor_index"][pair]), []).append(pair)
+        targets.setdefault(int(row["code_index"][pair]), []).append(pair)
     texts, codes = (sources, targets) if source == "text" else (targets, sources)
     predicted = row["target_index"][row["target_weight"] > 0] + 1
     return texts, codes, set(predicted.tolist())

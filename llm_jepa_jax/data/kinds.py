@@ -12,7 +12,6 @@ import numpy as np
 from llm_jepa_jax.batch import RowShape, StepShape, row_lengths
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.packing import Plan, largest_first, plan_rows, shuffled, slot_sizes
-from llm_jepa_jax.data.spans import draw_spans, masked_tokens
 from llm_jepa_jax.data.views import Costs, branch_size, copies, has_pair
 from llm_jepa_jax.flops import model_flops
 
@@ -36,14 +35,14 @@ class Kinds:
     lengths: tuple[int, ...]
     """Row lengths, longest first."""
     by_step: bool
-    """Examples with and without their pair are packed apart."""
+    """Examples with and without pairs are packed apart."""
     packed: bool
     table: np.ndarray
-    """int [2, lengths]: the kind of examples that are packed (0) or packed apart as they have no pair (1); -1: none."""
+    """int [2, lengths]: the kind of examples that are packed (0), or packed apart for having no pairs (1); -1: none."""
 
     def of(self, tokens_N: np.ndarray, pairs_N: np.ndarray) -> np.ndarray:
-        """int [N]: kind of each example, given its tokens and whether it has its pair."""
-        apart_N = (~pairs_N if self.by_step else np.zeros_like(pairs_N)).astype(np.int64)
+        """int [N]: kind of each example, given the most tokens it can have and how many pairs it has."""
+        apart_N = ((pairs_N == 0) & self.by_step).astype(np.int64)
         return self.table[apart_N, self._bucket(tokens_N)]
 
     def _bucket(self, tokens_N: np.ndarray) -> np.ndarray:
@@ -76,15 +75,17 @@ def _with_lengths(config: Config, costs: Costs, weights_N: np.ndarray, count: in
     packed, lengths = data.layout != "padded", tuple(row_lengths(data.row_length)[:count])
     share = (1.0 - jepa.dropout) if jepa.weight else 0.0
     used = np.flatnonzero(weights_N)
-    variants = [(pair, part) for pair, part in ((True, share), (False, 1.0 - share)) if part]
+    drawn_NxKx2 = costs.draw(config.seed, 0)
+    variants = [(keep, part) for keep, part in ((1, share), (0, 1.0 - share)) if part]
     every = Kinds((), lengths, jepa.dropout_by == "step", packed, np.arange(2 * count).reshape(2, count))
-    tokens, kinds, pairs, weights, longest = ([] for _ in range(5))
-    for pair, part in variants:
-        pairs.append(np.full(len(used), pair))
-        tokens.append(costs.tokens(np.full(len(weights_N), pair))[used])
-        kinds.append(every.of(tokens[-1], pairs[-1]))
+    kinds, tokens, pairs, weights, longest = ([] for _ in range(5))
+    for keep, part in variants:
+        pairs_N = costs.pairs_N * keep
+        kinds.append(every.of(costs.tokens(pairs_N), pairs_N)[used])
+        tokens.append(costs.tokens(pairs_N, drawn_NxKx2)[used])
+        pairs.append(pairs_N[used])
         weights.append(weights_N[used] * part)
-        longest.append((costs.longest_N if pair else costs.conversation_N)[used])
+        longest.append((costs.longest_N if keep else costs.conversation_N)[used])
     columns = [np.concatenate(parts) for parts in (kinds, tokens, pairs, weights, longest)]
     targets_N = np.tile(costs.targets_N[used], len(variants))
     steps, table = [], np.full(2 * count, -1)
@@ -98,15 +99,9 @@ def _with_lengths(config: Config, costs: Costs, weights_N: np.ndarray, count: in
             lengths[bucket], data.target_slots, data.pair_slots, int(longest_N.max()),
             branch_size(config) if pairs_N.any() else 0,
         )  # fmt: skip
-        shape = slot_sizes(tokens_N, targets_N[chosen], pairs_N, weight_N, shape, packed, margin, num_spans(config))
+        shape = slot_sizes(tokens_N, targets_N[chosen], pairs_N, weight_N, shape, packed, margin, costs.num_spans)
         steps.append(StepShape(data.rows_per_step << bucket, shape))
     return dataclasses.replace(every, steps=tuple(steps), table=table.reshape(2, count))
-
-
-def num_spans(config: Config) -> int:
-    """Span slots that an example takes."""
-    stp = config.objective.stp
-    return (stp.draws if stp.mode == "random_span" else 1) if stp.weight else 0
 
 
 def plan_epoch(
@@ -118,19 +113,16 @@ def plan_epoch(
     if config.data.shuffle:
         rng.shuffle(order)
     order = order[::stride]
-    pairs_N = has_pair(config, epoch, np.arange(len(weights_N)))
-    tokens_N = costs.tokens(pairs_N)
-    kind_N = kinds.of(tokens_N, pairs_N)[order]
-    spans_NxJx2 = np.zeros((len(weights_N), 0, 2), np.int32)
-    if config.objective.stp.weight:
-        spans_NxJx2 = draw_spans(config.objective.stp, config.seed, epoch, costs.points_Nx4)
-        tokens_N += masked_tokens(config.objective.stp, costs.points_Nx4, spans_NxJx2) - costs.masked_N
+    pairs_N = costs.pairs_N * has_pair(config, epoch, np.arange(len(weights_N)))
+    kind_N = kinds.of(costs.tokens(pairs_N), pairs_N)[order]
+    drawn_NxKx2 = costs.draw(config.seed, epoch)
+    tokens_N = costs.tokens(pairs_N, drawn_NxKx2)
     plans = []
     for kind, step in enumerate(kinds.steps):
         chosen = order[kind_N == kind]
         if config.data.shuffle and kinds.packed:
             chosen = largest_first(chosen, tokens_N, step.row.length)
-        plan = plan_rows(chosen, tokens_N, costs.targets_N, pairs_N, step.row, kinds.packed).with_spans(spans_NxJx2)
+        plan = plan_rows(chosen, tokens_N, costs.targets_N, pairs_N, step.row, kinds.packed).with_drawn(drawn_NxKx2)
         plans.append(shuffled(plan, rng) if config.data.shuffle else plan)
     return tuple(plans)
 

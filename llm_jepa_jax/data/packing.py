@@ -19,43 +19,43 @@ class Plan:
     examples: np.ndarray
     """int64: example ids, row after row."""
     pairs: np.ndarray
-    """bool, as `examples`: whether the example has its pair there."""
-    spans: np.ndarray
-    """int32 [examples, J, 2]: the spans drawn for it; J is 0 without `objective.stp`."""
+    """int64, as `examples`: how many pairs the example has there."""
+    drawn: np.ndarray
+    """int32 [examples, K, 2]: the spans of its tokens drawn for it (`views.Costs.draw`)."""
     offsets: np.ndarray
     """int64 [rows + 1]: where each row begins in `examples`."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def with_spans(self, spans_NxJx2: np.ndarray) -> "Plan":
-        """The same rows with the spans drawn for each example id."""
-        return dataclasses.replace(self, spans=spans_NxJx2[self.examples])
+    def with_drawn(self, drawn_NxKx2: np.ndarray) -> "Plan":
+        """The same rows with what is drawn for each example id."""
+        return dataclasses.replace(self, drawn=drawn_NxKx2[self.examples])
 
     def rows(self, start: int, stop: int) -> "Plan":
         """The rows from `start` up to `stop`, as far as there are any."""
         start, stop = min(start, len(self)), min(stop, len(self))
         offsets = self.offsets[start : stop + 1]
         places = slice(offsets[0], offsets[-1])
-        return Plan(self.examples[places], self.pairs[places], self.spans[places], offsets - offsets[0])
+        return Plan(self.examples[places], self.pairs[places], self.drawn[places], offsets - offsets[0])
 
     def then(self, other: "Plan") -> "Plan":
         """These rows, and behind them the other plan's."""
         return Plan(
             np.concatenate([self.examples, other.examples]),
             np.concatenate([self.pairs, other.pairs]),
-            np.concatenate([self.spans, other.spans]),
+            np.concatenate([self.drawn, other.drawn]),
             np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]),
         )
 
 
-def _no_spans(num_examples: int, num_spans: int = 0) -> np.ndarray:
-    return np.zeros((num_examples, num_spans, 2), np.int32)
+def _nothing_drawn(num_examples: int, num_drawn: int = 0) -> np.ndarray:
+    return np.zeros((num_examples, num_drawn, 2), np.int32)
 
 
-def no_rows(num_spans: int) -> Plan:
-    """The empty plan of examples with so many spans."""
-    return Plan(np.zeros(0, np.int64), np.zeros(0, np.bool_), _no_spans(0, num_spans), np.zeros(1, np.int64))
+def no_rows(num_drawn: int) -> Plan:
+    """The empty plan of examples with so many drawn spans."""
+    return Plan(np.zeros(0, np.int64), np.zeros(0, np.int64), _nothing_drawn(0, num_drawn), np.zeros(1, np.int64))
 
 
 def slot_sizes(
@@ -68,18 +68,18 @@ def slot_sizes(
     margin: float,
     num_spans: int,
 ) -> RowShape:
-    """Fills slot counts that are 0, from the expected cost of each example and its copies an epoch (`weights`).
+    """Fills slot counts that are 0, from the cost of each example, its pairs and its copies an epoch (`weights`).
 
     `margin` times the average load of a full row, and never too few for a single example; a row whose slots are used
     up is closed, so a slot count costs fill, never an example. Without any pair, a row has no pair slots; with spans,
     `num_spans` an example, it has span slots and a most of examples.
     """
     if not packed:
-        needed_targets, needed_pairs, examples = int(targets_N.max()), 1, 1
+        needed_targets, needed_pairs, examples = int(targets_N.max()), int(pairs_N.max()), 1
     else:
         rows = tokens_N @ weights_N / shape.length
         needed_targets = max(int(targets_N.max()), int(np.ceil(margin * (targets_N @ weights_N) / rows)))
-        needed_pairs = max(1, int(np.ceil(margin * (pairs_N @ weights_N) / rows)))
+        needed_pairs = max(int(pairs_N.max()), int(np.ceil(margin * (pairs_N @ weights_N) / rows)))
         examples = max(1, int(np.ceil(margin * weights_N.sum() / rows)))
 
     def size(given: int, needed: int, multiple: int) -> int:
@@ -123,8 +123,9 @@ def plan_rows(
     """
     tokens = tokens_N[order_N].tolist()
     targets = targets_N[order_N].tolist()
-    pairs = pairs_N[order_N].astype(np.int64).tolist()
-    if tokens and (max(tokens) > shape.length or max(targets) > shape.target_slots):
+    pairs = pairs_N[order_N].tolist()
+    limits = ((tokens, shape.length), (targets, shape.target_slots), (pairs, shape.pair_slots))
+    if any(max(sizes, default=0) > limit for sizes, limit in limits):
         raise ValueError("an example is larger than a row")
     row_N = _best_fit(tokens, targets, pairs, shape) if packed else list(range(len(tokens)))
     rows = np.asarray(row_N, np.int64)
@@ -132,31 +133,37 @@ def plan_rows(
     counts = np.bincount(rows, minlength=int(rows.max()) + 1 if len(rows) else 0)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     examples = np.asarray(order_N, np.int64)[by_row]
-    return Plan(examples, pairs_N[examples].astype(np.bool_), _no_spans(len(examples)), offsets)
+    return Plan(examples, pairs_N[examples].astype(np.int64), _nothing_drawn(len(examples)), offsets)
 
 
 def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: RowShape) -> list[int]:
-    """The row of each example, `pairs` being 0 or 1.
+    """The row of each example.
 
     Open rows are kept by the room left in them, and an integer's bits say which rooms exist, so finding the fullest
-    row that fits is a shift and a lowest set bit: constant time in Python, whatever the number of open rows. Rows
-    without a free pair slot are kept apart, and a row that can hold none of the examples is closed.
+    row that fits is a shift and a lowest set bit: constant time in Python, whatever the number of open rows. Rows are
+    kept apart by their free pair slots, up to as many as an example needs at most; of rows with equal room, that with
+    the fewest is taken. A row that can hold none of the examples is closed.
     """
     least_tokens, least_targets, least_pairs = min(tokens, default=0), min(targets, default=0), min(pairs, default=0)
-    full_of_pairs: list[list[int]] = [[] for _ in range(shape.length + 1)]
-    with_pair_slot: list[list[int]] = [[] for _ in range(shape.length + 1)]
-    full_rooms = slot_rooms = 0
+    most_pairs = max(pairs, default=0)
+    open_rows: list[list[list[int]]] = [[[] for _ in range(shape.length + 1)] for _ in range(most_pairs + 1)]
+    rooms = [0] * (most_pairs + 1)
     targets_left: list[int] = []
     pairs_left: list[int] = []
     examples_left: list[int] = []
     placed = []
     for size, num_targets, num_pairs in zip(tokens, targets, pairs, strict=True):
-        candidates = (slot_rooms if num_pairs else full_rooms | slot_rooms) >> size
+        candidates = rooms[num_pairs]
+        for more in range(num_pairs + 1, most_pairs + 1):
+            candidates |= rooms[more]
+        candidates >>= size
         room, looks = -1, LOOKS
         while candidates:
             offset = ((candidates & -candidates) if looks else candidates).bit_length() - 1
-            rows = with_pair_slot if num_pairs or not full_of_pairs[size + offset] else full_of_pairs
-            row = rows[size + offset][-1]
+            free = num_pairs
+            while not open_rows[free][size + offset]:
+                free += 1
+            row = open_rows[free][size + offset][-1]
             if targets_left[row] >= num_targets:
                 room = size + offset
                 break
@@ -168,12 +175,9 @@ def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: Ro
             pairs_left.append(shape.pair_slots)
             examples_left.append(shape.most_examples or len(tokens))
         else:
-            rows[room].pop()
-            if not rows[room]:
-                if rows is with_pair_slot:
-                    slot_rooms ^= 1 << room
-                else:
-                    full_rooms ^= 1 << room
+            open_rows[free][room].pop()
+            if not open_rows[free][room]:
+                rooms[free] ^= 1 << room
         placed.append(row)
         targets_left[row] -= num_targets
         pairs_left[row] -= num_pairs
@@ -182,12 +186,9 @@ def _best_fit(tokens: list[int], targets: list[int], pairs: list[int], shape: Ro
         full = left < least_tokens or targets_left[row] < least_targets or pairs_left[row] < least_pairs
         if full or not examples_left[row]:
             continue
-        if pairs_left[row]:
-            with_pair_slot[left].append(row)
-            slot_rooms |= 1 << left
-        else:
-            full_of_pairs[left].append(row)
-            full_rooms |= 1 << left
+        free = min(pairs_left[row], most_pairs)
+        open_rows[free][left].append(row)
+        rooms[free] |= 1 << left
     return placed
 
 
@@ -197,4 +198,4 @@ def shuffled(plan: Plan, rng: np.random.Generator) -> Plan:
     lengths = np.diff(plan.offsets)[rows]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     places = np.repeat(plan.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-    return Plan(plan.examples[places], plan.pairs[places], plan.spans[places], offsets)
+    return Plan(plan.examples[places], plan.pairs[places], plan.drawn[places], offsets)

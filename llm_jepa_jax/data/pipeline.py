@@ -21,8 +21,8 @@ from llm_jepa_jax.data.kinds import make_kinds
 from llm_jepa_jax.data.packing import Plan
 from llm_jepa_jax.data.rows import RowBuilder
 from llm_jepa_jax.data.sources import Source
-from llm_jepa_jax.data.spans import text_lengths
-from llm_jepa_jax.data.views import Costs, copies, example_costs, view_lengths
+from llm_jepa_jax.data.spans import has_answer, text_lengths
+from llm_jepa_jax.data.views import Costs, branch_size, copies, example_costs, records_of_pairs, shortest_views
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.chat import view_tokens
 from llm_jepa_jax.text.tokenizer import Tokenizer
@@ -100,18 +100,21 @@ class TrainData:
     def summary(self) -> dict[str, Any]:
         """Sizes and fill of the first epoch, all kinds together and each by itself."""
         costs, plans = self.epochs.costs, self.epochs.get(0).plans  # nothing is left from before it
-        branch = max(kind.row.branch for kind in self.kinds)
+        drawn_NxKx2, no_pairs_N = costs.draw(self.config.seed, 0), np.zeros_like(costs.pairs_N)
+        views_N = costs.tokens(costs.pairs_N, drawn_NxKx2) - costs.tokens(no_pairs_N, drawn_NxKx2)
+        views_N += branch_size(self.config) * costs.pairs_N
         examples, rows = sum(len(plan.examples) for plan in plans), sum(map(len, plans))
         tokens = sum(map(self.epochs.tokens, plans))
         places = sum(len(plan) * kind.row.width for plan, kind in zip(plans, self.kinds, strict=True))
         return {
             "examples": examples,
+            "pairs": sum(int(plan.pairs.sum()) for plan in plans),
             "dropped": self.dropped.count,
             "rows_per_epoch": rows,
             "examples_per_row": examples / rows,
             "fill": tokens / places,
             "conversation_tokens": float(costs.conversation_N[self.fits_N].mean()),
-            "view_tokens": float(costs.views_N[self.fits_N].mean()) + branch,
+            "view_tokens": float(views_N[self.fits_N].mean()),
             "num_steps": self.num_steps,
             "kinds": [self._kind_summary(plan, kind) for plan, kind in zip(plans, self.kinds, strict=True)],
         }
@@ -137,14 +140,14 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
     """
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
     jepa, train = config.objective.jepa, config.train
-    corpus = tokenize_source(source, tokenizer, cache_dir)
+    corpus = tokenize_source(source, tokenizer, cache_dir, config.data.pairs)
     costs = example_costs(corpus, config)
-    with_pair_N = costs.tokens(np.ones(len(corpus), np.bool_))
-    fits_N = with_pair_N <= config.data.row_length
-    dropped = _drop(config, source, fits_N, int(with_pair_N.max()))
-    _check_sizes(config, source, costs, fits_N, int(with_pair_N.max()))
-    _check_views(config, source, corpus)
-    _report_spans(config, costs, fits_N)
+    most_N = costs.tokens(costs.pairs_N)
+    fits_N = most_N <= config.data.row_length
+    dropped = _drop(config, source, fits_N, int(most_N.max()))
+    _check_sizes(config, source, costs, fits_N, int(most_N.max()))
+    _check_views(config, source, corpus, costs)
+    _report_idle(config, costs, fits_N)
     weights_N = np.where(fits_N, weights_N, 0.0)
     if not copies(config, 0, weights_N).any():
         raise UserError(
@@ -152,41 +155,58 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
             "a weight is copies of each record an epoch: raise it"
         )
     epochs = Epochs(config, costs, weights_N, make_kinds(config, costs, weights_N))
-    builder = RowBuilder(corpus, config, view_tokens(tokenizer, jepa), tokenizer.mask_id, costs.points_Nx4)
+    builder = RowBuilder(corpus, config, view_tokens(tokenizer, jepa), tokenizer.mask_id, costs)
     num_steps = train.num_steps
     if not num_steps:
         num_steps = epochs.end(train.num_epochs - 1) + len(epochs.remains(train.num_epochs - 1))
     return TrainData(config, epochs, builder, num_steps, dropped, fits_N)
 
 
-def _check_views(config: Config, source: Source, corpus: TokenizedCorpus) -> None:
+def _check_views(config: Config, source: Source, corpus: TokenizedCorpus, costs: Costs) -> None:
     """Views must have a token where they are read; the shared layout reads the text view inside the conversation."""
     jepa = config.objective.jepa
     if not jepa.weight:
         return
-    for view, length_N in view_lengths(corpus, config).items():
+    for view, length_N in shortest_views(corpus, config).items():
         shortest = int(np.argmin(length_N))
         if length_N[shortest] <= jepa.view_end_offset:
             raise UserError(
                 f"config: `objective.jepa.view_end_offset`={jepa.view_end_offset} lies before the {length_N[shortest]} "
                 f"tokens of the {view} view of {source.location(shortest)}; use at most {length_N[shortest] - 1}"
             )
-    elsewhere = np.flatnonzero(~corpus.text_inside)
-    if len(elsewhere) and config.data.layout == "shared":
+    if config.data.layout != "shared":
+        return
+    elsewhere = records_of_pairs(corpus)[corpus.text_places[:, 1] < 0]
+    if len(elsewhere):
         raise UserError(
-            f"{source.location(int(elsewhere[0]))}: `text` is not the last user turn (so in {len(elsewhere)} of "
+            f"{source.location(int(elsewhere[0]))}: `text` is no user turn (so in {len(set(elsewhere.tolist()))} of "
             f"{len(corpus)} records), but `data.layout`=shared reads it there; use data.layout=separate"
+        )
+    if costs.texts is not None and jepa.view_end == "turn" and not branch_size(config):
+        text = int(np.flatnonzero(np.diff(costs.texts.offsets))[0])
+        raise UserError(
+            f"{source.location(text)}: plain text has no end-of-turn token at a cut, where `data.layout`=shared would "
+            "read its first view under `objective.jepa.view_end`=turn; use view_end=content, or data.layout=separate"
         )
 
 
-def _report_spans(config: Config, costs: Costs, fits_N: np.ndarray) -> None:
-    """Counts the examples that have no span to draw."""
-    stp = config.objective.stp
-    if not stp.weight or stp.mode in ("mean", "curvature", "e2e"):
+def _report_idle(config: Config, costs: Costs, fits_N: np.ndarray) -> None:
+    """Counts the examples that a term has nothing to draw from."""
+    stp, count, points_Nx4 = config.objective.stp, int(fits_N.sum()), costs.points_Nx4[fits_N]
+    if costs.texts is not None:
+        texts_N = costs.texts.length_N[fits_N] > 0
+        single = int((texts_N & (costs.pairs_N[fits_N] == 0)).sum())
+        unit = "sentences" if costs.text_views == "sentence" else "tokens"
+        if single:
+            LOG.warning("%d of %d plain texts have fewer than 2 %s: no JEPA pair", single, texts_N.sum(), unit)
+    if not stp.weight or stp.mode == "curvature":
         return
-    short = int((text_lengths(costs.points_Nx4)[fits_N] < 2).sum())
-    if short:
-        LOG.warning("%d of %d examples have fewer than 2 tokens to draw a span from: no STP term", short, fits_N.sum())
+    if stp.mode in ("mean", "e2e"):
+        idle, why = int((~has_answer(points_Nx4)).sum()), f"no assistant turn for objective.stp.mode={stp.mode}"
+    else:
+        idle, why = int((text_lengths(points_Nx4) < 2).sum()), "fewer than 2 tokens to draw a span from"
+    if idle:
+        LOG.warning("%d of %d examples have %s: no STP term", idle, count, why)
 
 
 def _check_sizes(config: Config, source: Source, costs: Costs, fits_N: np.ndarray, longest: int) -> None:
@@ -198,6 +218,7 @@ def _check_sizes(config: Config, source: Source, costs: Costs, fits_N: np.ndarra
         )
     for key, size, sizes_N, what in (
         ("data.target_slots", config.data.target_slots, costs.targets_N, "next-token targets"),
+        ("data.pair_slots", config.data.pair_slots, costs.pairs_N, "pairs"),
         ("model.max_positions", config.model.max_positions, costs.longest_N, "tokens in one segment"),
     ):
         largest = int(np.argmax(np.where(fits_N, sizes_N, 0)))

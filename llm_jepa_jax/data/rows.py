@@ -1,30 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Planned rows to arrays: the only place that writes segment ids, positions and pointers."""
 
+import dataclasses
+
 import numpy as np
 
 from llm_jepa_jax.batch import SPAN_BEFORE, SPAN_END, RowShape, empty_rows
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.corpus import TokenizedCorpus
 from llm_jepa_jax.data.packing import Plan
-from llm_jepa_jax.data.spans import masked_texts, span_points, span_weights, text_lengths
-from llm_jepa_jax.text.chat import ViewTokens
+from llm_jepa_jax.data.spans import masked_texts, span_points, span_weights
+from llm_jepa_jax.data.views import VIEWS, Costs
+from llm_jepa_jax.text.chat import DOCUMENT_HEADER, VIEW_HEADER, ViewTokens
 
 Row = dict[str, np.ndarray]
 End = tuple[int, int]
 """The next free place of a row, and the number of its last segment."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """An example's pair as its tokens say it."""
+
+    tokens: dict[str, np.ndarray]
+    """Of each view as a segment of its own, header and content."""
+    header: int
+    """Tokens before the content."""
+    text_places: tuple[int, int]
+    """First and last place of the text view inside the conversation."""
+
+
 class RowBuilder:
     """Builds rows of one corpus under one objective and layout."""
 
-    def __init__(
-        self, corpus: TokenizedCorpus, config: Config, parts: ViewTokens, mask_id: int, points_Nx4: np.ndarray
-    ):
-        """`parts` belong to views, `mask_id` stands for a token taken out, `points` bound the texts of spans."""
+    def __init__(self, corpus: TokenizedCorpus, config: Config, parts: ViewTokens, mask_id: int, costs: Costs):
+        """`parts` belong to views, `mask_id` stands for a token taken out, `costs` say what is drawn."""
         self._corpus, self._objective = corpus, config.objective
         self._shared = config.data.layout == "shared"
-        self._parts, self._mask_id, self._points_Nx4 = parts, mask_id, points_Nx4
+        self._parts, self._mask_id, self._costs = parts, mask_id, costs
 
     def __call__(self, plan: Plan, num_rows: int, shape: RowShape) -> Row:
         """The plan's rows, and rows of padding behind them up to `num_rows`; arrays as in `Batch`."""
@@ -37,7 +50,8 @@ class RowBuilder:
     def _fill(self, row: Row, plan: Plan, members: slice) -> None:
         place = segment = target = pair = span = 0
         examples, pairs = plan.examples[members].tolist(), plan.pairs[members].tolist()
-        for example, with_pair, spans_Jx2 in zip(examples, pairs, plan.spans[members], strict=True):
+        for example, num_pairs, drawn_Kx2 in zip(examples, pairs, plan.drawn[members], strict=True):
+            cut_2x2, spans_Jx2 = np.split(drawn_Kx2, [self._costs.num_cuts])
             start, tokens = place, self._corpus.get("conversation", example)
             indices = start + self._target_offsets(example, len(tokens))
             place, segment = _put(row, tokens, (place, segment))
@@ -46,8 +60,9 @@ class RowBuilder:
             row["targets"][slots] = row["tokens"][indices + 1]
             row["target_weight"][slots] = 1.0
             target += len(indices)
-            if with_pair:
-                place, segment = self._put_pair(row, pair, example, start, (place, segment))
+            for number in range(num_pairs):
+                views = self._pair(example, number, cut_2x2)
+                place, segment = self._put_pair(row, pair, views, start, (place, segment))
                 pair += 1
             if len(spans_Jx2):
                 slots = slice(span, span + len(spans_Jx2))
@@ -55,20 +70,31 @@ class RowBuilder:
                 span += len(spans_Jx2)
         row["num_examples"][...] = len(examples)
 
-    def _put_pair(self, row: Row, pair: int, example: int, start: int, end: End) -> End:
-        """Lays an example's views behind its conversation, which begins at `start`, and points to them.
+    def _pair(self, example: int, number: int, cut_2x2: np.ndarray) -> _Pair:
+        """One of an example's pairs: of plain text the one that is cut from it."""
+        if not cut_2x2.any():
+            pair = int(self._corpus.pair_offsets[example]) + number
+            tokens = {view: self._corpus.get(f"{view}_view", pair) for view in VIEWS}
+            return _Pair(tokens, VIEW_HEADER, tuple(self._corpus.text_places[pair].tolist()))
+        text, (start, end) = self._corpus.get("conversation", example), cut_2x2[0].tolist()
+        spans = [text[DOCUMENT_HEADER + first : DOCUMENT_HEADER + last] for first, last in cut_2x2.tolist()]
+        tokens = {view: np.concatenate([text[:1], span]) for view, span in zip(VIEWS, spans, strict=True)}
+        return _Pair(tokens, DOCUMENT_HEADER, (start + 1 if start else 0, end))
+
+    def _put_pair(self, row: Row, pair: int, views: _Pair, start: int, end: End) -> End:
+        """Lays a pair's views behind its conversation, which begins at `start`, and points to them.
 
         In the shared layout the text view is read inside the conversation: if it predicts, its predictor tokens are a
         branch there.
         """
         source, offset = self._objective.jepa.source, self._objective.jepa.view_end_offset
-        for view in ("text", "code"):
+        for view in VIEWS:
             predicts = view == source
             if view == "text" and self._shared:
-                first, last = self._read_inside(row, pair, example, start, predicts)
+                first, last = self._read_inside(row, pair, views.text_places, start, predicts)
             else:
-                tokens = self._corpus.get(f"{view}_view", example)
-                tokens = self._parts.predicting(tokens) if predicts else self._parts.predicted(tokens)
+                tokens = views.tokens[view]
+                tokens = self._parts.predicting(tokens, views.header) if predicts else self._parts.predicted(tokens)
                 first, end = end[0], _put(row, tokens, end)
                 last = end[0] - 1 - offset
             name = "predictor" if predicts else "code"
@@ -76,24 +102,22 @@ class RowBuilder:
         row["pair_weight"][pair] = 1.0
         return end
 
-    def _read_inside(self, row: Row, pair: int, example: int, start: int, predicts: bool) -> tuple[int, int]:
+    def _read_inside(self, row: Row, pair: int, places: tuple[int, int], start: int, predicts: bool) -> tuple[int, int]:
         """First and last place of the text view inside the conversation at `start`, its branch hung there if any."""
-        role, content_end = self._corpus.contents[example, :2].tolist()
         offset, branch = self._objective.jepa.view_end_offset, self._parts.branch if predicts else np.zeros(0, np.int32)
-        first = start + (0 if role == 1 else role)  # where nothing comes before the turn, the view is the beginning
-        text_end = start + content_end
+        first, text_end = start + places[0], start + places[1]
         row["branch_end"][pair] = text_end if predicts else 0
         slot = len(row["segments"]) + pair * len(branch)
         row["tokens"][slot : slot + len(branch)] = branch
-        row["positions"][slot : slot + len(branch)] = content_end + 1 + np.arange(len(branch))
+        row["positions"][slot : slot + len(branch)] = places[1] + 1 + np.arange(len(branch))
         if not len(branch):
             return first, text_end + len(self._parts.end) - offset
         return first, slot + len(branch) - 1 - offset if offset < len(branch) else text_end + len(branch) - offset
 
     def _put_spans(self, row: Row, slots: slice, example: int, start: int, end: End, spans_Jx2: np.ndarray) -> End:
         """Points to an example's spans; in the mask modes lays their texts behind it."""
-        stp, points_4 = self._objective.stp, self._points_Nx4[example]
-        weights_J = span_weights(stp, spans_Jx2, int(text_lengths(points_4[None])[0]))
+        stp, points_4 = self._objective.stp, self._costs.points_Nx4[example]
+        weights_J = span_weights(stp, spans_Jx2, points_4)
         row["span_weight"][slots] = weights_J
         if not stp.adds_segments:
             row["span_points"][slots] = np.where(weights_J[:, None] > 0, start + span_points(points_4, spans_Jx2), 0)

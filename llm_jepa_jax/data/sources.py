@@ -5,6 +5,7 @@ import bisect
 import dataclasses
 import functools
 import hashlib
+import json
 import mmap
 import pathlib
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ import numpy as np
 
 from llm_jepa_jax.config import DataConfig
 from llm_jepa_jax.data import synthetic
-from llm_jepa_jax.data.records import Record, parse_record
+from llm_jepa_jax.data.records import Record, parse_records
 from llm_jepa_jax.errors import UserError
 
 GZIP_MAGIC = b"\x1f\x8b"
 UTF8_MARK = b"\xef\xbb\xbf"
+GROUP = b'"group"'
 
 
 class Source(Protocol):
@@ -33,9 +35,16 @@ class Source(Protocol):
         """`file:line` of a record."""
         ...
 
+    @property
+    def lines(self) -> np.ndarray:
+        """int64 [N]: number, from 0, of the line each record comes from; records of one line belong together."""
+        ...
+
 
 class JsonlSource:
-    """A JSONL file, memory-mapped; blank lines are not records. Pickles as its path and index, not its bytes.
+    """A JSONL file, memory-mapped; blank lines are not records, and a line with a group of paraphrases is several.
+
+    Pickles as its path and index, not its bytes.
 
     Raises:
         UserError: the file is missing, compressed, empty, or not UTF-8 (at the line read).
@@ -55,6 +64,9 @@ class JsonlSource:
             raise UserError(f"{self.path}: no records; each line holds one JSON object")
         self._starts, self._stops = starts[kept], stops[kept]
         self._line_numbers = np.asarray(kept) + 1
+        counts = [_count(data[start:stop]) for start, stop in zip(self._starts, self._stops, strict=True)]
+        self.lines = np.repeat(np.arange(len(kept)), counts)
+        self._members = np.arange(len(self.lines)) - np.repeat(np.cumsum(counts) - counts, counts)
 
     def _open(self) -> mmap.mmap:
         if self.path.is_dir():
@@ -78,20 +90,42 @@ class JsonlSource:
         return {name: value for name, value in self.__dict__.items() if name != "_data"}
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.lines)
+
+    def _where(self, line: int) -> str:
+        return f"{self.path}:{self._line_numbers[line]}"
+
+    def _raw(self, line: int) -> bytes:
+        return self._data[self._starts[line] : self._stops[line]]
 
     def location(self, index: int) -> str:
-        return f"{self.path}:{self._line_numbers[index]}"
+        line, member = self.lines[index], self._members[index]
+        members = f", members {member + 1} and {member + 2}" if GROUP in self._raw(line) else ""
+        return self._where(line) + members
 
     def __getitem__(self, index: int) -> Record:
-        raw = self._data[self._starts[index] : self._stops[index]]
+        line = self.lines[index]
+        where = self._where(line)
         try:
-            line = raw.decode("utf-8")
+            text = self._raw(line).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.location(index)}: not UTF-8 at byte {error.start} of the line; save it as UTF-8"
-            ) from error
-        return parse_record(line, self.location(index))
+            raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line; save it as UTF-8") from error
+        records = parse_records(text, where)
+        if len(records) > 1 and GROUP not in self._raw(line):
+            raise UserError(f'{where}: the key `group` is written with escapes; write it as "group"')
+        return records[self._members[index]]
+
+
+def _count(line: bytes) -> int:
+    """Records of a line; 1 where it is wrong, which is said when it is read."""
+    if GROUP not in line:
+        return 1
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return 1
+    members = value.get("group") if isinstance(value, dict) else None
+    return max(1, len(members) - 1) if isinstance(members, list) else 1
 
 
 class SyntheticSource:
@@ -101,6 +135,10 @@ class SyntheticSource:
         self.split, self._sizes = split, (num_train, num_eval)
         key = f"synthetic {synthetic.VERSION} {split} {num_train} {num_eval}"
         self.content_hash = hashlib.sha256(key.encode()).hexdigest()
+
+    @property
+    def lines(self) -> np.ndarray:
+        return np.arange(len(self))
 
     @functools.cached_property
     def _records(self) -> Sequence[Record]:
@@ -129,6 +167,10 @@ class Subset:
             source.content_hash.encode() + indices.astype(np.int64).tobytes()
         ).hexdigest()
 
+    @property
+    def lines(self) -> np.ndarray:
+        return self._source.lines[self._indices]
+
     def __len__(self) -> int:
         return len(self._indices)
 
@@ -146,6 +188,12 @@ class Concatenated:
         self._sources = list(sources)
         self._ends = np.cumsum([len(source) for source in sources]).tolist()
         self.content_hash = hashlib.sha256(" ".join(s.content_hash for s in sources).encode()).hexdigest()
+
+    @property
+    def lines(self) -> np.ndarray:
+        lines = [source.lines for source in self._sources]
+        firsts = np.cumsum([0, *(numbers[-1] + 1 for numbers in lines[:-1])])
+        return np.concatenate([numbers + first for numbers, first in zip(lines, firsts, strict=True)])
 
     def _place(self, index: int) -> tuple[Source, int]:
         number = bisect.bisect_right(self._ends, index)
@@ -187,15 +235,23 @@ def open_splits(config: DataConfig, seed: int) -> Splits:
         return Splits(train, weights, evaluation)
     if config.train == "synthetic":
         return Splits(train, weights, SyntheticSource("eval", config.synthetic_train, config.synthetic_eval))
-    held = round(len(train) * config.eval_share)
-    if not 0 < held < len(train):
+    lines = train.lines
+    num_lines = int(lines[-1]) + 1
+    held = round(num_lines * config.eval_share)
+    if not 0 < held < num_lines:
         raise UserError(
-            f"config: `data.eval_share`={config.eval_share} of {len(train)} records leaves a split empty; "
-            "set `data.eval`"
+            f"config: `data.eval_share`={config.eval_share} of {num_lines} lines leaves a split empty; set `data.eval`"
         )
-    order = np.random.default_rng([seed, len(train)]).permutation(len(train))
-    kept = np.sort(order[held:])
-    return Splits(Subset(train, kept), weights[kept], Subset(train, np.sort(order[:held])))
+    # Whole lines: a paraphrase of what is trained on would be no test.
+    order = np.random.default_rng([seed, num_lines]).permutation(num_lines)
+    held_out = np.isin(lines, order[:held])
+    kept = np.flatnonzero(~held_out)
+    return Splits(Subset(train, kept), weights[kept], Subset(train, np.flatnonzero(held_out)))
+
+
+def with_conversation(source: Source) -> Subset:
+    """The records that can be asked: all but plain text."""
+    return Subset(source, np.array([i for i in range(len(source)) if source[i].messages], np.int64))
 
 
 def absolute_paths(config: DataConfig) -> DataConfig:

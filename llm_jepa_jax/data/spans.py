@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Spans of semantic tube prediction: which tokens they may take, and how they are drawn.
 
-A text of n tokens is an example's user content and assistant content one behind the other. A span takes tokens `start`
+A text of n tokens is an example's user content and assistant content one behind the other; plain text has only the
+first. A span takes tokens `start`
 to `end - 1` of them, at least one and never all. It is drawn from (seed, epoch, example), so a resumed run draws it
 again.
 """
@@ -9,7 +10,7 @@ again.
 import numpy as np
 
 from llm_jepa_jax.batch import CODE_BEFORE, CODE_END, USER_BEFORE, USER_END
-from llm_jepa_jax.data.draws import uniform
+from llm_jepa_jax.data.draws import below
 from llm_jepa_jax.objective_config import StpConfig
 
 _STREAM = 1000
@@ -32,8 +33,8 @@ def content_points(contents_Nx4: np.ndarray, stp: StpConfig) -> np.ndarray:
 
 def text_lengths(points_Nx4: np.ndarray) -> np.ndarray:
     """int64 [N]: tokens of each text."""
-    user_N = points_Nx4[:, USER_END] - points_Nx4[:, USER_BEFORE]
-    return user_N + points_Nx4[:, CODE_END] - points_Nx4[:, CODE_BEFORE]
+    user_N = points_Nx4[..., USER_END] - points_Nx4[..., USER_BEFORE]
+    return user_N + points_Nx4[..., CODE_END] - points_Nx4[..., CODE_BEFORE]
 
 
 def draw_spans(stp: StpConfig, seed: int, epoch: int, points_Nx4: np.ndarray) -> np.ndarray:
@@ -57,19 +58,14 @@ def draw_spans(stp: StpConfig, seed: int, epoch: int, points_Nx4: np.ndarray) ->
     return spans_NxJx2
 
 
-def _below(limit_M: np.ndarray, seed: int, epoch: int, stream: int, index_M: np.ndarray) -> np.ndarray:
-    """int64 [M] uniform in 0 to limit − 1."""
-    return np.floor(uniform(seed, epoch, _STREAM + stream, index_M) * limit_M).astype(np.int64)
-
-
 def _start_then_end(
     stp: StpConfig, length_M: np.ndarray, seed: int, epoch: int, index_M: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Start uniform, then the end uniform behind it (the published default: short spans, late ones most)."""
-    start_M = np.zeros_like(length_M) if stp.from_start else _below(length_M, seed, epoch, 0, index_M)
+    start_M = np.zeros_like(length_M) if stp.from_start else below(length_M, seed, epoch, _STREAM, index_M)
     last_M = np.minimum(length_M, start_M + stp.max_length) if stp.max_length else length_M
     last_M = np.where((start_M == 0) & (last_M == length_M), length_M - 1, last_M)
-    return start_M, start_M + 1 + _below(last_M - start_M, seed, epoch, 1, index_M)
+    return start_M, start_M + 1 + below(last_M - start_M, seed, epoch, _STREAM + 1, index_M)
 
 
 def _both(
@@ -80,8 +76,8 @@ def _both(
     left, attempt = np.arange(len(length_M)), 0
     while len(left):
         length, index = length_M[left], index_M[left]
-        first = _below(length, seed, epoch, 2 * attempt, index)
-        second = 1 + _below(length, seed, epoch, 2 * attempt + 1, index)
+        first = below(length, seed, epoch, _STREAM + 2 * attempt, index)
+        second = 1 + below(length, seed, epoch, _STREAM + 2 * attempt + 1, index)
         start = np.zeros_like(first) if stp.from_start else np.minimum(first, second)
         end = np.maximum(first, second)
         end = np.minimum(end, start + stp.max_length) if stp.max_length else end
@@ -96,13 +92,13 @@ def _uniform(
     """Every allowed span with equal probability."""
     most_M = np.minimum(stp.max_length, length_M - 1) if stp.max_length else length_M - 1
     if stp.from_start:
-        return np.zeros_like(length_M), 1 + _below(most_M, seed, epoch, 1, index_M)
+        return np.zeros_like(length_M), 1 + below(most_M, seed, epoch, _STREAM + 1, index_M)
 
     def shorter(size_M: np.ndarray) -> np.ndarray:
         """Spans of at most so many tokens."""
         return size_M * length_M - size_M * (size_M - 1) // 2
 
-    rank_M = _below(shorter(most_M), seed, epoch, 0, index_M)
+    rank_M = below(shorter(most_M), seed, epoch, _STREAM, index_M)
     twice_M = 2.0 * length_M + 1.0
     size_M = np.ceil((twice_M - np.sqrt(twice_M**2 - 8.0 * (rank_M + 1))) / 2).astype(np.int64)
     size_M = size_M + (shorter(size_M) <= rank_M) - (shorter(size_M - 1) > rank_M)  # the root is rounded
@@ -110,12 +106,17 @@ def _uniform(
     return start_M, start_M + size_M
 
 
-def span_weights(stp: StpConfig, spans_Jx2: np.ndarray, length: int) -> np.ndarray:
-    """float32 [J]: weight of each span in a text of `length` tokens; 0 where there is no term."""
+def has_answer(points_Nx4: np.ndarray) -> np.ndarray:
+    """bool [N]: the text has an assistant's content, which `e2e` and `mean` compare with the user's."""
+    return points_Nx4[..., CODE_END] > points_Nx4[..., CODE_BEFORE]
+
+
+def span_weights(stp: StpConfig, spans_Jx2: np.ndarray, points_4: np.ndarray) -> np.ndarray:
+    """float32 [J]: weight of each span of a text; 0 where there is no term."""
     taken_J = (spans_Jx2[:, 1] - spans_Jx2[:, 0]).astype(np.float64)
     if stp.mode in ("mean", "curvature"):
-        return np.ones(len(taken_J), np.float32)
-    rest_J = length - taken_J
+        return np.full(len(taken_J), stp.mode == "curvature" or has_answer(points_4), np.float32)
+    rest_J = text_lengths(points_4) - taken_J
     if stp.length_weighting == "cosine":
         weight_J = 2.0 * rest_J * taken_J / (rest_J**2 + taken_J**2)
     elif stp.length_weighting == "jaccard":

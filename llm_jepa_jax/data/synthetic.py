@@ -12,9 +12,8 @@ description has one reading and determines its expression.
 
 import random
 
-from llm_jepa_jax.data.records import Record
+from llm_jepa_jax.data.records import Record, exchange
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.text.chat import Message
 
 VERSION = "1"
 """Changes with the grammar, so that cached corpora are made anew."""
@@ -113,9 +112,5 @@ def generate(num_train: int, num_eval: int, seed: int = 0) -> tuple[list[Record]
             pairs.append((words, expression))
     if len(pairs) < total:
         raise UserError(f"config: `data.synthetic_train`+`data.synthetic_eval`={total}; the grammar gives {len(pairs)}")
-    records = [_record(*pair) for pair in pairs]
+    records = [exchange(*pair) for pair in pairs]
     return records[num_eval:], records[:num_eval]
-
-
-def _record(words: str, expression: str) -> Record:
-    return Record((Message("user", words), Message("assistant", expression)), words, expression)

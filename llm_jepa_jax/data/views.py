@@ -7,14 +7,18 @@ import numpy as np
 
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.corpus import TokenizedCorpus
+from llm_jepa_jax.data.cuts import Texts, draw_cuts, most_cut
 from llm_jepa_jax.data.draws import uniform
-from llm_jepa_jax.data.spans import content_points, masked_tokens
+from llm_jepa_jax.data.spans import content_points, draw_spans, masked_tokens
+from llm_jepa_jax.objective_config import StpConfig
+from llm_jepa_jax.text.chat import DOCUMENT_HEADER
 
 _PAIR_STREAM, _COPY_STREAM = 1, 2
+VIEWS = ("text", "code")
 
 
 def has_pair(config: Config, epoch: int, examples_N: np.ndarray) -> np.ndarray:
-    """bool [N]: which examples keep their JEPA pair this epoch (loss dropout by example, LLM-JEPA section 5)."""
+    """bool [N]: which examples keep their JEPA pairs this epoch (loss dropout by example, LLM-JEPA section 5)."""
     jepa = config.objective.jepa
     if not jepa.weight:
         return np.zeros(len(examples_N), np.bool_)
@@ -30,22 +34,66 @@ def copies(config: Config, epoch: int, weights_N: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What N examples take of a row: tokens without and with their pair, and target slots. int64 [N] each."""
+    """What N examples take of a row. int64 [N] each, unless said.
+
+    Two things are drawn for an example in every epoch, both spans of its tokens: the cut that makes two views of plain
+    text (`cuts`), and the spans of `objective.stp` (`spans`). Where they add tokens to a row, the row's length is
+    chosen by the most they can be, and rows are packed by what they are.
+    """
 
     conversation_N: np.ndarray
-    views_N: np.ndarray
-    """Tokens of the row that a pair adds; branches have places of their own."""
     targets_N: np.ndarray
-    longest_N: np.ndarray
-    """Tokens of the longest segment of each, with its pair."""
-    points_Nx4: np.ndarray
-    """Where the text lies that spans are taken from (`spans.content_points`)."""
+    pairs_N: np.ndarray
+    """Pairs of each; 0 where a text is too short to be cut."""
+    views_N: np.ndarray
+    """Tokens of the row that its pairs add beside what is cut from a text; branches have places of their own."""
+    cut_N: np.ndarray
+    """Most tokens of the row that are cut from it."""
     masked_N: np.ndarray
     """Most tokens that the mask modes of `objective.stp` add."""
+    longest_N: np.ndarray
+    """Tokens of the longest segment of each, with its pairs, in any epoch."""
+    points_Nx4: np.ndarray
+    """Where the text lies that spans are taken from (`spans.content_points`)."""
+    laid: tuple[str, ...] = VIEWS
+    """The views that are segments of the row; the others are read inside the conversation."""
+    stp: StpConfig = StpConfig()
+    texts: Texts | None = None
+    """Where plain texts can be cut; None: no views are."""
+    text_views: str = "continuation"
 
-    def tokens(self, pair_N: np.ndarray) -> np.ndarray:
-        """int64 [N] tokens of each example, given which have their pair; the most they can be in any epoch."""
-        return self.conversation_N + self.views_N * pair_N + self.masked_N
+    @property
+    def num_cuts(self) -> int:
+        """The first of what is drawn: spans of plain text's views, 2 or 0."""
+        return 2 if self.texts is not None else 0
+
+    @property
+    def num_spans(self) -> int:
+        """The rest of what is drawn: spans of `objective.stp`."""
+        return (self.stp.draws if self.stp.mode == "random_span" else 1) if self.stp.weight else 0
+
+    def draw(self, seed: int, epoch: int) -> np.ndarray:
+        """int32 [N, K, 2]: what is drawn for every example this epoch, K = `num_cuts` + `num_spans`."""
+        drawn = [np.zeros((len(self.conversation_N), 0, 2), np.int32)]
+        if self.texts is not None:
+            drawn.append(draw_cuts(self.text_views, seed, epoch, self.texts))
+        if self.stp.weight:
+            drawn.append(draw_spans(self.stp, seed, epoch, self.points_Nx4))
+        return np.concatenate(drawn, axis=1)
+
+    def tokens(
+        self, pairs_N: np.ndarray, drawn_NxKx2: np.ndarray | None = None, examples: np.ndarray | None = None
+    ) -> np.ndarray:
+        """int64 [N] tokens of each example, given how many pairs it has (all of its own, or none) and what is drawn;
+        the most they can be in any epoch without `drawn`. `examples` are ids where it is not about all in order."""
+        of = slice(None) if examples is None else examples
+        cut_N, masked_N = self.cut_N[of], self.masked_N[of]
+        if drawn_NxKx2 is not None:
+            size_NxK = (drawn_NxKx2[..., 1] - drawn_NxKx2[..., 0]).astype(np.int64)
+            laid = [VIEWS.index(view) for view in self.laid if self.texts is not None]
+            cut_N = size_NxK[:, laid].sum(axis=1)
+            masked_N = masked_tokens(self.stp, self.points_Nx4[of], drawn_NxKx2[:, self.num_cuts :])
+        return self.conversation_N[of] + np.where(pairs_N > 0, self.views_N[of] + cut_N, 0) + masked_N
 
 
 def branch_size(config: Config) -> int:
@@ -58,23 +106,55 @@ def branch_size(config: Config) -> int:
 
 def example_costs(corpus: TokenizedCorpus, config: Config) -> Costs:
     """Exact costs of every record under the layout and the objective."""
-    jepa = config.objective.jepa
-    lengths = view_lengths(corpus, config)
-    if not jepa.weight:
-        lengths = {view: np.zeros_like(length_N) for view, length_N in lengths.items()}
-    if config.data.layout == "shared":
-        lengths["text"] = np.zeros_like(lengths["text"])
-    conversation_N = corpus.lengths("conversation")
-    longest_N = np.maximum(conversation_N, np.maximum(lengths["text"], lengths["code"]))
-    targets_N = corpus.num_targets(config.objective.ntp.targets)
-    points_Nx4 = content_points(corpus.contents, config.objective.stp)
-    masked_N = masked_tokens(config.objective.stp, points_Nx4)
-    return Costs(conversation_N, lengths["text"] + lengths["code"], targets_N, longest_N, points_Nx4, masked_N)
+    stp, jepa, how = config.objective.stp, config.objective.jepa, config.data.text_views
+    laid = (VIEWS if config.data.layout != "shared" else VIEWS[1:]) if jepa.weight else ()
+    texts = corpus.texts if jepa.weight and len(corpus.texts.bounds) else None
+    conversation_N, record_Q, lengths = corpus.lengths("conversation"), records_of_pairs(corpus), _view_lengths(corpus)
+    pairs_N, cut_N, views_N = (np.zeros_like(conversation_N) for _ in range(3))
+    longest_N = conversation_N.copy()
+    if jepa.weight:
+        pairs_N += np.diff(corpus.pair_offsets)
+    for view in laid:
+        length_Q = lengths[view] + added_tokens(config)[view]
+        np.add.at(views_N, record_Q, length_Q)
+        np.maximum.at(longest_N, record_Q, length_Q)
+    if texts is not None:
+        can_N, most_Nx3 = texts.can_be_cut(how), most_cut(how, texts)
+        pairs_N += can_N
+        cut_N += most_Nx3[:, 2 if len(laid) == 2 else 1]
+        for view in laid:
+            around_N = can_N * (DOCUMENT_HEADER + added_tokens(config)[view])
+            views_N += around_N
+            longest_N = np.maximum(longest_N, around_N + most_Nx3[:, VIEWS.index(view)])
+    points_Nx4 = content_points(corpus.contents, stp)
+    return Costs(
+        conversation_N, corpus.num_targets(config.objective.ntp.targets), pairs_N, views_N, cut_N,
+        masked_tokens(stp, points_Nx4), longest_N, points_Nx4, laid, stp, texts, how,
+    )  # fmt: skip
 
 
-def view_lengths(corpus: TokenizedCorpus, config: Config) -> dict[str, np.ndarray]:
-    """int64 [N] tokens of each `text` and `code` view as a segment of its own, with all that belongs to it."""
+def records_of_pairs(corpus: TokenizedCorpus) -> np.ndarray:
+    """int64 [Q]: the record that each pair of a conversation belongs to."""
+    return np.repeat(np.arange(len(corpus)), np.diff(corpus.pair_offsets))
+
+
+def added_tokens(config: Config) -> dict[str, int]:
+    """Tokens that a `text` or a `code` view as a segment of its own has beside its header and content."""
     jepa = config.objective.jepa
-    lengths = {view: corpus.lengths(f"{view}_view") + (jepa.view_end == "turn") for view in ("text", "code")}
-    lengths[jepa.source] = lengths[jepa.source] + jepa.num_predictors
+    return {view: (jepa.view_end == "turn") + jepa.num_predictors * (view == jepa.source) for view in VIEWS}
+
+
+def shortest_views(corpus: TokenizedCorpus, config: Config) -> dict[str, np.ndarray]:
+    """int64 [N] tokens of the shortest `text` and `code` view that each record can have, as a segment of its own."""
+    texts, how = corpus.texts, config.data.text_views
+    lengths = {}
+    for view, length_Q in _view_lengths(corpus).items():
+        lengths[view] = np.full(len(corpus), np.iinfo(np.int64).max)
+        np.minimum.at(lengths[view], records_of_pairs(corpus), length_Q + added_tokens(config)[view])
+        lengths[view][texts.can_be_cut(how)] = DOCUMENT_HEADER + 1 + added_tokens(config)[view]
     return lengths
+
+
+def _view_lengths(corpus: TokenizedCorpus) -> dict[str, np.ndarray]:
+    """int64 [Q] tokens of the views of conversations, header and content."""
+    return {view: corpus.lengths(f"{view}_view") for view in VIEWS}

@@ -13,8 +13,8 @@ ROLES = ("system", "user", "assistant")
 BOS_ROLE = 0
 ROLE_CODES = {role: code for code, role in enumerate(ROLES, start=1)}
 """Codes of `Rendered.roles`; 0 is the beginning of the sequence."""
-VIEW_HEADER = 2
-"""Tokens of a view before its content: the beginning of the sequence and the role."""
+VIEW_HEADER, DOCUMENT_HEADER = 2, 1
+"""Tokens of a view before its content: the beginning of the sequence and the role; of plain text's views, no role."""
 VIEW_ROLES = {"text": "user", "code": "assistant"}
 
 
@@ -26,16 +26,17 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A conversation of n tokens: `<bos>` then `<role> content <end-of-turn>` for every turn."""
+    """A conversation of n tokens: `<bos>` then `<role> content <end-of-turn>` for every turn; or plain text."""
 
     tokens: np.ndarray
     """int32 [n]"""
     roles: np.ndarray
     """uint8 [n]: the turn each token belongs to, its role and end tokens included (`ROLE_CODES`)."""
     assistant_target: np.ndarray
-    """bool [n]: the token is content of an assistant turn, or that turn's end token."""
+    """bool [n]: the token is content of an assistant turn, or that turn's end token; of plain text, all but bos."""
     contents: np.ndarray
-    """int32 [turns, 2]: place of each turn's role token, and of its content's last token."""
+    """int32 [turns, 2]: place of each turn's role token, and of its content's last token. Plain text is a turn without
+    a role token, and an empty one behind it."""
 
 
 def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
@@ -53,6 +54,17 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message]) -> Rendered:
         np.array(roles, np.uint8),
         np.array(targets, np.bool_),
         np.array(contents_at, np.int32),
+    )
+
+
+def render_document(tokenizer: Tokenizer, content: Sequence[int]) -> Rendered:
+    """Plain text of n tokens: `<bos> content <end-of-turn>`."""
+    size = len(content)
+    return Rendered(
+        np.array([tokenizer.bos_id, *content, tokenizer.end_of_turn_id], np.int32),
+        np.full(size + 2, BOS_ROLE, np.uint8),
+        np.arange(size + 2) > 0,
+        np.array([(0, size), (size, size)], np.int32),
     )
 
 
@@ -76,9 +88,12 @@ class ViewTokens:
     """The end-of-turn token, where views have one."""
     placement: str
 
-    def predicting(self, view: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The whole view that predicts: predictor tokens behind its content (`append`) or before it (`prepend`)."""
-        header = len(view) if self.placement == "append" else VIEW_HEADER
+    def predicting(self, view: Sequence[int] | np.ndarray, header: int = VIEW_HEADER) -> np.ndarray:
+        """The whole view that predicts: predictor tokens behind its content (`append`) or before it (`prepend`).
+
+        `header` is the number of tokens before its content.
+        """
+        header = len(view) if self.placement == "append" else header
         return np.concatenate([view[:header], self.predictors, view[header:], self.end]).astype(np.int32)
 
     def predicted(self, view: Sequence[int] | np.ndarray) -> np.ndarray:

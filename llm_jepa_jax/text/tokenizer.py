@@ -65,6 +65,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts))
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids, and the character of `text` that each begins with."""
+        found = self._processor.encode(text, out_type="offset_mapping")
+        return found["ids"], [begin for begin, _ in found["offsets"]]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control ids are left out, ids outside the vocabulary too."""
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.is_control(int(i))])

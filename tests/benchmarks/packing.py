@@ -101,7 +101,7 @@ class Case:
         """Seconds to plan as many examples as asked for, in an epoch's way."""
         (plan,), (kind,), costs = data.epochs.get(0).plans, data.kinds, data.epochs.costs
         order_N = np.tile(plan.examples, -(-self._args.planned // len(plan.examples)))[: self._args.planned]
-        pairs_N = np.zeros(len(costs.conversation_N), np.bool_)
+        pairs_N = np.zeros(len(costs.conversation_N), np.int64)
         pairs_N[plan.examples] = plan.pairs
         tokens_N = costs.tokens(pairs_N)
         return self._median(
@@ -156,7 +156,7 @@ def least_rows(data: TrainData) -> int:
     """A lower bound on the rows of the first epoch (Martello & Toth, 1990: no packing can use fewer)."""
     (plan,), length = data.epochs.get(0).plans, data.kinds[0].row.length
     costs = data.epochs.costs
-    size_N = costs.conversation_N[plan.examples] + costs.views_N[plan.examples] * plan.pairs
+    size_N = costs.tokens(plan.pairs, plan.drawn, plan.examples)
     bounds = []
     for small in range(length // 2 + 1):
         large = size_N > length - small

@@ -135,8 +135,9 @@ def token_records(source: JsonlSource, tokenizer: Tokenizer) -> list[tuple[list[
     out = []
     for i in range(len(source)):
         record = source[i]
-        text = [*render_view(tokenizer, "user", record.text), tokenizer.predictor_ids[0]]
-        code = render_view(tokenizer, "assistant", record.code)
+        (pair,) = record.pairs("last")
+        text = [*render_view(tokenizer, "user", pair.text), tokenizer.predictor_ids[0]]
+        code = render_view(tokenizer, "assistant", pair.code)
         out.append((render(tokenizer, record.messages).tokens.tolist(), text, code))
     return out
 
