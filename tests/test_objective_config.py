@@ -77,6 +77,24 @@ def test_collapse_is_named_once_per_view_and_measure():
     assert collapse_warnings(metrics, 0.0, 0.0) == collapse_warnings({}, 2.0, 0.01) == []
 
 
+def arguments(workdir):
+    """Two steps of the default preset's miniature."""
+    return [
+        "main", f"--config={REPOSITORY}/configs/tiny.py:smoke", f"--workdir={workdir}", "--config.train.num_steps=2",
+        "--config.data.row_length=384", "--config.log.every_steps=1", "--config.log.tensorboard=False",
+        "--config.log.report=False", f"--config.train.compile_cache={CACHE}", "--config.eval.final_examples=4",
+        "--config.eval.max_new_tokens=2", "--config.checkpoint.every_steps=0",
+    ]  # fmt: skip
+
+
+def test_a_run_warns_of_collapse_once(tmp_path, caplog):
+    """While it lasts: a floor above what 8 rows of pairs can reach."""
+    with caplog.at_level("WARNING", logger="llm_jepa_jax"):
+        run([*arguments(tmp_path), "--config.log.rank_floor=1000"])
+    (warning,) = (message for message in caplog.messages if "collapse" in message)
+    assert warning.startswith("step 1: rank_text=") and "consider objective.sigreg.weight" in warning
+
+
 JEPA = "objective.jepa."
 VARIANTS = [
     *((f"{JEPA}distance={d}",) for d in ("l2", "mse", "infonce")),
@@ -108,16 +126,10 @@ def test_every_variant_trains(tmp_path, changes):
     """Two steps by the command line: every enabled term has a finite value, and its own column."""
     stp = any("stp" in change for change in changes)
     argv = [
-        f"--config={REPOSITORY}/configs/tiny.py:smoke", f"--workdir={tmp_path}", "--config.train.num_steps=2",
-        "--config.data.row_length=384",
-        "--config.log.every_steps=1", "--config.log.tensorboard=False", "--config.log.report=False",
-        f"--config.train.compile_cache={CACHE}",
-        "--config.eval.final_examples=4", "--config.eval.max_new_tokens=2", "--config.checkpoint.every_steps=0",
-        "--config.objective.jepa.dropout=0.0", "--config.objective.vicreg.weight=0.0",
-        f"--config.objective.stp.weight={0.1 if stp else 0.0}",
-        *(f"--config.{change}" for change in changes),
+        *arguments(tmp_path), "--config.objective.jepa.dropout=0.0", "--config.objective.vicreg.weight=0.0",
+        f"--config.objective.stp.weight={0.1 if stp else 0.0}", *(f"--config.{change}" for change in changes),
     ]  # fmt: skip
-    result = run(["main", *argv])
+    result = run(argv)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "total_loss" in line]
     assert result["step"] == 2 and len(steps) == 2

@@ -23,8 +23,8 @@ def init_parameters(key: jax.Array, config: Config) -> Any:
     params = init_params(key, config.model, dtype)
     init = jax.nn.initializers.glorot_uniform()
     names = _with_predictor(config.objective)
-    keys = jax.random.split(jax.random.fold_in(key, len("predictors")), len(names)) if names else []
-    predictors = {name: init(one, (width, width), dtype) for name, one in zip(names, keys, strict=True)}
+    drawn = jax.random.fold_in(key, len("predictors"))
+    predictors = {name: init(jax.random.fold_in(drawn, i), (width, width), dtype) for i, name in enumerate(names)}
     return params | ({"predictors": predictors} if predictors else {})
 
 

@@ -32,7 +32,7 @@ class Inputs:
     """`model.logit_soft_cap`."""
     predictors: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     """Matrix [D, D] of each objective with `linear_predictor`, parameter type."""
-    key: jax.Array | None = None
+    key: jax.Array = dataclasses.field(default_factory=lambda: jax.random.key(0))
     """Random key of the step, the same on every device and for every micro-batch."""
 
     @property
