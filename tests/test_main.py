@@ -123,12 +123,14 @@ def outcome(workdir):
 
 
 def test_killed_and_stopped_runs_end_bit_equal_to_one_left_alone(tmp_path):
-    """SIGKILL at a random step, and SIGTERM, then the same command again; steps of four kinds."""
+    """SIGKILL at a random step, and SIGTERM, then the same command again; steps of four kinds, spans and random
+    directions drawn, a weight that rises, a linear predictor."""
     arguments = [
         "--config=configs/tiny.py:smoke", "--config.train.num_steps=40", "--config.checkpoint.every_steps=7",
         "--config.log.every_steps=3", "--config.eval.every_steps=14", "--config.log.report=False",
         "--config.objective.jepa.dropout=0.5", "--config.objective.jepa.dropout_by=step",
-        "--config.data.row_buckets=2",
+        "--config.data.row_buckets=2", "--config.objective.stp.weight=0.1", "--config.objective.sigreg.weight=0.01",
+        "--config.objective.jepa.linear_predictor=True", "--config.objective.jepa.schedule=linear",
     ]  # fmt: skip
     alone = tmp_path / "alone"
     result_of(start(*arguments, f"--workdir={alone}"))
