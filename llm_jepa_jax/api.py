@@ -9,25 +9,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jepa_jax.checkpoint.hf_directory import is_published
+from llm_jepa_jax.checkpoint.hf_export import SHARD_BYTES, ExportSettings
+from llm_jepa_jax.checkpoint.hub import local_directory
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.models.transformer import head_kernel
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
-from llm_jepa_jax.run_directory import Run, open_run
+from llm_jepa_jax.run_directory import Run, export_run, open_published, open_run
 from llm_jepa_jax.text.chat import VIEW_ROLES, Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A run's newest checkpoint, ready to use."""
+    """A run's newest checkpoint, or a published model, ready to use."""
 
     run: Run
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer: `encode(text)`, `decode(ids)`."""
+        """The run's tokenizer: `encode(text)`, `decode(ids)`.
+
+        Raises:
+            UserError: a published model's is not read.
+        """
+        if self.run.tokenizer is None:
+            raise UserError("the tokenizers of published models are not read yet; pass token ids to hidden or logits")
         return self.run.tokenizer
 
     @property
@@ -89,19 +98,36 @@ class LanguageModel:
         """Greedy answers to user prompts. `system` defaults to the system turn of the run's evaluation data."""
         config = self.run.config
         generator = Generator(
-            config.model, self.run.tokenizer, self.run.mesh, max_new_tokens or config.eval.max_new_tokens,
+            config.model, self.tokenizer, self.run.mesh, max_new_tokens or config.eval.max_new_tokens,
             config.eval.batch_size, self._dtype,
         )  # fmt: skip
         system = self.run.system if system is None else system
         turns = [Message("system", system)] if system else []
-        ids = [render_prompt(self.run.tokenizer, [*turns, Message("user", prompt)]) for prompt in prompts]
-        return [self.run.tokenizer.decode(new) for new, _ in generator(self.run.params, ids)]
+        ids = [render_prompt(self.tokenizer, [*turns, Message("user", prompt)]) for prompt in prompts]
+        return [self.tokenizer.decode(new) for new, _ in generator(self.run.params, ids)]
+
+    def save_hf(
+        self, directory: str | pathlib.Path, *, dtype: str = "", shard_bytes: int = SHARD_BYTES, num_tokens: int = 0
+    ) -> None:
+        """Writes a directory that `transformers` and vLLM read: weights, `config.json`, generation settings.
+
+        `dtype` is that of the weights (default: as they are), a file of several tensors holds up to `shard_bytes`, and
+        `num_tokens` keeps that many first rows of the vocabulary (0: all).
+
+        Raises:
+            UserError: no published family can say this model, the directory is not new, or an argument is wrong.
+        """
+        if dtype not in ("", "float32", "bfloat16", "float16"):
+            raise UserError(f"dtype={dtype!r}; use float32, bfloat16 or float16")
+        settings = ExportSettings(dtype, shard_bytes, num_tokens)
+        export_run(self.run, pathlib.Path(directory).expanduser(), settings)
 
 
 def load(directory: str | pathlib.Path) -> LanguageModel:
-    """Opens a run directory.
+    """Opens a run's directory, or that of a published model (`config.json` and safetensors), or a model of the hub.
 
     Raises:
-        UserError: it is not one, or none of its checkpoints can be read.
+        UserError: it is neither, a file is missing or damaged, or the model is not supported.
     """
-    return LanguageModel(open_run(pathlib.Path(directory).expanduser()))
+    path = local_directory(str(directory))
+    return LanguageModel(open_published(path) if is_published(path) else open_run(path))

@@ -73,7 +73,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    checkpoint: str = key("", "run directory whose newest checkpoint the weights start from; empty: random weights")
+    checkpoint: str = key(
+        "",
+        "what the weights start from: a run's directory (its newest checkpoint), a directory with a published model's "
+        "config.json and safetensors, or its id on the Hugging Face hub; empty: random weights. Keys of `model` left "
+        "at their defaults are then the checkpoint's, and others must agree with it",
+    )
     new_rows: str = key(
         "mean",
         "how rows of tokens that the checkpoint does not have start: `mean` of its rows; `normal` (`model.init_std`)",
@@ -83,10 +88,15 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScalingConfig:
-    factor: float = key(1.0, "Llama 3.1 frequency scaling; 1: off")
-    low_freq_factor: float = key(1.0, "wavelengths above original_max_positions / this are divided by `factor`")
-    high_freq_factor: float = key(4.0, "wavelengths below original_max_positions / this are kept")
-    original_max_positions: int = key(8192, "context length before scaling", "tokens")
+    kind: str = key(
+        "llama3",
+        "`llama3` (Llama 3.1) divides long wavelengths, `linear` all of them",
+        choices=("llama3", "linear"),
+    )
+    factor: float = key(1.0, "what wavelengths are stretched by; 1: off")
+    low_freq_factor: float = key(1.0, "llama3: wavelengths above original_max_positions / this are divided by `factor`")
+    high_freq_factor: float = key(4.0, "llama3: wavelengths below original_max_positions / this are kept")
+    original_max_positions: int = key(8192, "llama3: context length before scaling", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +107,51 @@ class ModelConfig:
     num_heads: int = key(6, "query heads")
     num_kv_heads: int = key(3, "key and value heads; divides `model.num_heads`")
     head_dim: int = key(32, "width of a head; even")
-    mlp_dim: int = key(512, "hidden width of the SwiGLU block")
+    mlp_dim: int = key(512, "hidden width of the MLP")
     max_positions: int = key(8192, "longest segment the model accepts", "tokens")
     rope_theta: float = key(500000.0, "base of the rotary frequencies")
-    rope_scaling: RopeScalingConfig = section(RopeScalingConfig, "Llama 3.1 rotary scaling")
-    norm_eps: float = key(1e-5, "epsilon of RMSNorm")
+    rope_scaling: RopeScalingConfig = section(RopeScalingConfig, "rotary scaling")
+    rope_share: float = key(1.0, "share of each head's width that is rotated, its first part")
+    local_rope_theta: float = key(0.0, "base of the unscaled frequencies of windowed layers; 0: those of all layers")
+    window: int = key(0, "tokens that a windowed layer sees, its own included; 0: no layer has a window", "tokens")
+    window_pattern: str = key("L", "repeated over the layers: `L` (local) has the window, `G` (global) has not")
+    block: str = key(
+        "sequential",
+        "the MLP reads what attention gave (`sequential`), or both read the same norm (`parallel`)",
+        choices=("sequential", "parallel"),
+    )
+    norm: str = key(
+        "rms",
+        "RMSNorm (`rms`), RMSNorm with scales stored less 1 (`rms_plus_one`), or LayerNorm with biases (`layer`)",
+        choices=("rms", "rms_plus_one", "layer"),
+    )
+    norm_placement: str = key(
+        "pre",
+        "norms before attention and MLP (`pre`), on what they give (`post`), or `both`; a parallel block has `pre`",
+        choices=("pre", "post", "both"),
+    )
+    norm_eps: float = key(1e-5, "epsilon of norms")
+    qk_norm: str = key(
+        "none",
+        "norm of queries and keys before the rotation: of each `head`, or of all heads together (`full`)",
+        choices=("none", "head", "full"),
+    )
+    qkv_bias: bool = key(False, "queries, keys and values have biases")
+    out_bias: bool = key(False, "what attention gives has a bias")
+    mlp_bias: bool = key(False, "the MLP's matrices have biases")
+    mlp_gated: bool = key(True, "the MLP's hidden layer is activation(gate) · up; else activation(up)")
+    activation: str = key(
+        "silu",
+        "of the MLP; `gelu_tanh` is the approximation by tanh",
+        choices=("silu", "gelu", "gelu_tanh"),
+    )
+    score_width: float = key(0.0, "attention scores are divided by its square root; 0: by that of `model.head_dim`")
+    attention_soft_cap: float = key(0.0, "attention scores become cap · tanh(scores / cap); 0: off")
+    scale_embeddings: bool = key(False, "embeddings are multiplied by the square root of `model.embed_dim`")
     tie_embeddings: bool = key(True, "the head is the transposed embedding")
     logit_soft_cap: float = key(0.0, "logits become cap · tanh(logits / cap); 0: off")
     init_std: float = key(0.02, "standard deviation of the initial weights")
+    family: str = key("", "the `model_type` that an export writes; empty: the first family that can say this model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +167,7 @@ class OptConfig:
     schedule: str = key("cosine", "shape after the warm-up", choices=("cosine", "linear", "constant"))
     warmup_steps: int = key(50, "linear warm-up to the peak", "steps")
     final_scale: float = key(0.0, "learning rate at the last step as a share of the peak (cosine, linear)")
-    weight_decay: float = key(0.1, "decoupled weight decay; never on norms")
+    weight_decay: float = key(0.1, "decoupled weight decay; never on norms and biases")
     clip_norm: float = key(1.0, "clip the gradient to this global norm; 0: off")
     beta1: float = key(0.9, "decay of the first moment")
     beta2: float = key(0.95, "decay of the second moment")

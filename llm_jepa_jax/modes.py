@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llm_jepa_jax.checkpoint.initial import initial_run, initial_tokenizer
+from llm_jepa_jax.checkpoint.hf_export import ExportSettings
+from llm_jepa_jax.checkpoint.hub import is_hub_id
+from llm_jepa_jax.checkpoint.initial import Initial, initial_tokenizer, open_initial, with_initial
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
@@ -27,7 +29,7 @@ from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.resolve import attention_backend, resolve, with_vocabulary
-from llm_jepa_jax.run_directory import check_directory, claim, open_run
+from llm_jepa_jax.run_directory import check_directory, claim, export_run, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
 from llm_jepa_jax.train.loop import Evaluate
@@ -65,26 +67,29 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
     if config.train.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.train.compile_cache).expanduser()))
     mesh = make_mesh(config.mesh)
-    config = resolve(config, mesh.devices.shape)
-    config = dataclasses.replace(config, data=absolute_paths(config.data), init=_absolute(config.init))
-    start = initial_run(config)
+    config = dataclasses.replace(config, init=_absolute(config.init))
+    start = open_initial(config)
+    config = resolve(with_initial(config, start), mesh.devices.shape)
+    config = dataclasses.replace(config, data=absolute_paths(config.data))
     splits = open_splits(config.data, config.seed)
-    tokenizer = _tokenizer(config, workdir, splits.train)
+    tokenizer = _tokenizer(config, workdir, splits.train, start)
     config = with_vocabulary(config, tokenizer.vocab_size, mesh.shape["tensor"], start.model.vocab_size if start else 0)
     return Job(config, mesh, tokenizer, splits)
 
 
 def _absolute(init: InitConfig) -> InitConfig:
-    path = str(pathlib.Path(init.checkpoint).expanduser().absolute()) if init.checkpoint else ""
-    return dataclasses.replace(init, checkpoint=path)
+    name = init.checkpoint
+    if not name or is_hub_id(name) or "://" in name:
+        return init
+    return dataclasses.replace(init, checkpoint=str(pathlib.Path(name).expanduser().absolute()))
 
 
-def _tokenizer(config: Config, workdir: pathlib.Path, source: Source) -> Tokenizer:
+def _tokenizer(config: Config, workdir: pathlib.Path, source: Source, start: Initial | None) -> Tokenizer:
     """The run's own tokenizer, else the one named, that of `init.checkpoint`, or one trained on the training split."""
     if (workdir / "tokenizer.model").exists():
         return load_tokenizer(workdir / "tokenizer.model")
-    if config.init.checkpoint:
-        return initial_tokenizer(config)
+    if start:
+        return initial_tokenizer(config, start)
     if config.text.tokenizer:
         return load_tokenizer(config.text.tokenizer)
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
@@ -229,3 +234,12 @@ def inspect(values: ml_collections.ConfigDict, workdir: pathlib.Path, rows: int)
     data = make_train_data(job.config, job.tokenizer, job.splits.train, job.splits.weights)
     show_rows(data, job.tokenizer, rows, Console())
     return data.summary()
+
+
+def export(values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str) -> dict[str, Any]:
+    """Writes the newest checkpoint of a run as a published model."""
+    if not out:
+        raise UserError("--mode=export: no directory to write; pass --out=DIR")
+    run = open_run(workdir, freeze(values))
+    files = export_run(run, pathlib.Path(out).expanduser(), ExportSettings())
+    return {"step": run.step, "out": out, "weight_files": files, "workdir": str(workdir)}

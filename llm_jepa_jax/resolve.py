@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable
 
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
-from llm_jepa_jax.config import Config
+from llm_jepa_jax.config import Config, ModelConfig
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.objective_config import (
     NUM_RESERVED_PREDICTORS,
@@ -36,6 +36,7 @@ POSITIVE = [
     "model.norm_eps",
     "model.init_std",
     "model.rope_scaling.factor",
+    "model.rope_share",
     "model.rope_scaling.original_max_positions",
     "objective.head_chunk",
     "objective.jepa.temperature",
@@ -64,6 +65,10 @@ NOT_NEGATIVE = [
     "objective.ntp.weight",
     "objective.ntp.z_loss",
     "model.logit_soft_cap",
+    "model.attention_soft_cap",
+    "model.score_width",
+    "model.local_rope_theta",
+    "model.window",
     "objective.jepa.weight",
     "objective.jepa.view_end_offset",
     "objective.stp.weight",
@@ -87,6 +92,7 @@ NOT_NEGATIVE = [
     "log.std_floor",
 ]
 SHARES = [
+    "model.rope_share",
     "objective.vicreg.target_std",
     "data.eval_share",
     "data.max_dropped_share",
@@ -164,7 +170,10 @@ def _either(values: tuple[int, ...]) -> str:
 
 
 def _refusal(backend: str, config: Config, row_length: int) -> str:
-    return attention_refusal(backend, row_length, config.model.head_dim, config.train.dtype)
+    model = config.model
+    return attention_refusal(
+        backend, row_length, model.head_dim, config.train.dtype, model.window, model.attention_soft_cap
+    )
 
 
 def _check_attention(config: Config, row_length: int) -> None:
@@ -349,6 +358,7 @@ def _check_model(config: Config, mesh_shape: tuple[int, int, int]) -> None:
         _fail("model.num_kv_heads", model.num_kv_heads, f"does not divide `model.num_heads`={model.num_heads}")
     if model.head_dim % 2:
         _fail("model.head_dim", model.head_dim, "is odd; rotary embeddings need an even width")
+    _check_structure(model)
     for name in ("num_heads", "num_kv_heads", "mlp_dim"):
         size = getattr(model, name)
         if size % tensor:
@@ -357,8 +367,26 @@ def _check_model(config: Config, mesh_shape: tuple[int, int, int]) -> None:
         _fail("mesh.fsdp", fsdp, f"does not divide `model.embed_dim`={model.embed_dim}; use a divisor of it")
     if model.rope_scaling.factor < 1:
         _fail("model.rope_scaling.factor", model.rope_scaling.factor, "is below 1; use 1 (off) or more")
-    if model.rope_scaling.factor > 1 and model.rope_scaling.low_freq_factor >= model.rope_scaling.high_freq_factor:
+    if (
+        model.rope_scaling.kind == "llama3"
+        and model.rope_scaling.factor > 1
+        and model.rope_scaling.low_freq_factor >= model.rope_scaling.high_freq_factor
+    ):
         _fail(
             "model.rope_scaling.low_freq_factor", model.rope_scaling.low_freq_factor,
             f"is not below `model.rope_scaling.high_freq_factor`={model.rope_scaling.high_freq_factor}",
         )  # fmt: skip
+
+
+def _check_structure(model: ModelConfig) -> None:
+    if not model.window_pattern or set(model.window_pattern) - set("LG"):
+        _fail("model.window_pattern", repr(model.window_pattern), "is no pattern; use letters L and G, such as LG")
+    if not model.window:
+        for name in ("window_pattern", "local_rope_theta"):
+            value = getattr(model, name)
+            if value != getattr(ModelConfig(), name):
+                _fail(f"model.{name}", value, "has no effect with `model.window`=0; set the window, or leave it out")
+    if model.block == "parallel" and model.norm_placement != "pre":
+        _fail("model.norm_placement", model.norm_placement, "is not for `model.block`=parallel; use pre")
+    if int(model.head_dim * model.rope_share) % 2:
+        _fail("model.rope_share", model.rope_share, f"of `model.head_dim`={model.head_dim} is no even number of places")

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from llm_jepa_jax.checkpoint.hf_directory import is_published, open_directory
+from llm_jepa_jax.checkpoint.hf_export import ExportSettings, export
+from llm_jepa_jax.checkpoint.hf_import import read_parameters
+from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.manager import restore_params
-from llm_jepa_jax.config import Config, freeze, to_dict
+from llm_jepa_jax.config import Config, DataConfig, InitConfig, MeshConfig, TrainConfig, freeze, to_dict
 from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
@@ -43,11 +48,20 @@ class Run:
 
     config: Config
     mesh: Mesh
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None: a published model, whose tokenizer is not read."""
     step: int
     params: Any
     system: str
     """The system turn that the run's evaluation records begin with, or an empty string."""
+
+    @property
+    def published(self) -> pathlib.Path | None:
+        """The directory of the published model that the weights come from, if it is one and is there."""
+        name = self.config.init.checkpoint
+        if not name or is_hub_id(name):
+            return None
+        return pathlib.Path(name) if is_published(pathlib.Path(name)) else None
 
 
 def check_directory(workdir: pathlib.Path, config: Config, splits: Splits) -> None:
@@ -131,3 +145,31 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     step, params = restore_params(workdir / "checkpoints", abstract)
     facts = json.loads((workdir / "run.json").read_text())
     return Run(config, mesh, load_tokenizer(workdir / "tokenizer.model"), step, params, facts["system"])
+
+
+def open_published(directory: pathlib.Path) -> Run:
+    """Opens the directory of a published model on all devices, with what they share of its width.
+
+    Its weights keep their type where it is bfloat16, and are computed with in float32.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model is not supported.
+    """
+    checkpoint = open_directory(directory)
+    mesh = make_mesh(MeshConfig(fsdp=math.gcd(checkpoint.model.embed_dim, jax.device_count())))
+    config = Config(
+        data=DataConfig(rows_per_step=mesh.size),
+        init=InitConfig(checkpoint=str(directory.absolute())),
+        model=checkpoint.model,
+        train=TrainConfig(param_dtype=checkpoint.dtype),
+    )
+    config = resolve(config, mesh.devices.shape)
+    params = read_parameters(checkpoint, mesh, checkpoint.dtype, checkpoint.model.vocab_size)
+    return Run(config, mesh, None, 0, params, "")
+
+
+def export_run(run: Run, directory: pathlib.Path, settings: ExportSettings) -> int:
+    """Writes a run's model as a published one; see `hf_export.export`."""
+    settings = dataclasses.replace(settings, source=run.published)
+    params = {name: value for name, value in run.params.items() if name != "predictors"}
+    return export(params, run.config.model, run.mesh, directory, settings)

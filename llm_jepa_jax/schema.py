@@ -62,6 +62,18 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": value}` to nested dictionaries."""
+    values: dict[str, Any] = {}
+    for path, value in flat.items():
+        *sections, name = path.split(".")
+        node = values
+        for section_name in sections:
+            node = node.setdefault(section_name, {})
+        node[name] = value
+    return values
+
+
 def describe_section(cls: type, prefix: str, meaning: str) -> list[str]:
     """A section's keys as Markdown lines, and those of the sections below it."""
     plain = [f for f in dataclasses.fields(cls) if not f.metadata.get("section")]

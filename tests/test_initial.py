@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jepa_jax.checkpoint.initial import initial_parameters, initial_run
+from llm_jepa_jax.checkpoint.initial import initial_parameters, open_initial
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.main import run
 from llm_jepa_jax.parallel.mesh import make_mesh
@@ -46,7 +46,7 @@ def test_weights_are_the_runs_and_new_rows_their_mean(first, new_rows):
     )
     jepa = dataclasses.replace(config.objective.jepa, linear_predictor=True)
     config = changed(config, objective={"jepa": jepa})
-    params = initial_parameters(jax.random.key(0), config, initial_run(config), make_mesh(config.mesh))
+    params = initial_parameters(jax.random.key(0), config, open_initial(config), make_mesh(config.mesh))
     np.testing.assert_array_equal(params["embedding"][:size], old["embedding"])
     jax.tree.map(np.testing.assert_array_equal, params["layers"], old["layers"])
     rows = np.asarray(params["embedding"][size:])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting from a trained model: `init.checkpoint`."""
+"""Starting from a trained model: `init.checkpoint`, a run's directory or a published model."""
 
 import dataclasses
 import logging
@@ -7,53 +7,95 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from llm_jepa_jax.checkpoint.hf_directory import HfCheckpoint, is_published, open_directory
+from llm_jepa_jax.checkpoint.hf_import import read_parameters
+from llm_jepa_jax.checkpoint.hub import local_directory
 from llm_jepa_jax.checkpoint.manager import restore_params
-from llm_jepa_jax.config import Config, freeze, to_dict
+from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS, with_new_rows
+from llm_jepa_jax.config import Config, ModelConfig, freeze, to_dict
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
 from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
 from llm_jepa_jax.parallel.sharding import parameter_shardings
-from llm_jepa_jax.schema import flatten
+from llm_jepa_jax.schema import flatten, freeze_section, unflatten
 from llm_jepa_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 LOG = logging.getLogger("llm_jepa_jax")
-VOCABULARY_AXIS = {"embedding": 0, "head": 1}
-"""The parameters with a row or a column for each token."""
+OWN_KEYS = ("max_positions", "init_std", "family")
+"""Keys of the model that may differ from those of the checkpoint."""
 
 
-def initial_run(config: Config) -> Config | None:
-    """The configuration of the run to start from; nothing where weights are random.
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """A trained model to start from."""
+
+    directory: pathlib.Path
+    source: Config | HfCheckpoint
+    """The configuration of a run, or a published model."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """What it is; its vocabulary's size is that of its weights."""
+        return self.source.model
+
+
+def open_initial(config: Config) -> Initial | None:
+    """The model that `init.checkpoint` names; nothing where weights are random.
 
     Raises:
-        UserError: the directory is not that of a run, or its model has another shape.
+        UserError: the directory is neither that of a run nor that of a published model that is supported.
     """
     if not config.init.checkpoint:
         return None
-    directory = pathlib.Path(config.init.checkpoint)
+    directory = local_directory(config.init.checkpoint)
+    if is_published(directory):
+        return Initial(directory, open_directory(directory))
     for name in ("config.json", "tokenizer.model", "checkpoints"):
         if not (directory / name).exists():
-            raise UserError(f"config: `init.checkpoint`={directory} has no {name}; name the directory of a run")
-    saved = freeze(load_json(directory / "config.json"))
-    before = flatten(to_dict(saved.model))
-    for key, value in flatten(to_dict(config.model)).items():
-        if key not in ("vocab_size", "max_positions", "init_std") and before[key] != value:
             raise UserError(
-                f"config: `model.{key}`={value} is not the {before[key]} of `init.checkpoint`={directory}; "
-                f"set --config.model.{key}={before[key]}"
+                f"config: `init.checkpoint`={directory} has no {name}; name the directory of a run or a published model"
             )
-    return saved
+    return Initial(directory, freeze(load_json(directory / "config.json")))
 
 
-def initial_tokenizer(config: Config) -> Tokenizer:
+def with_initial(config: Config, start: Initial | None) -> Config:
+    """The configuration with the model's keys of the checkpoint, where it leaves them at their defaults.
+
+    Raises:
+        UserError: a key is set to another value than the checkpoint's.
+    """
+    if start is None:
+        return config
+    theirs, defaults = flatten(to_dict(start.model)), flatten(to_dict(ModelConfig()))
+    values = flatten(to_dict(config.model))
+    for key, value in values.items():
+        if key == "vocab_size":
+            continue  # that of the tokenizer or the checkpoint, whichever is larger: `resolve.with_vocabulary`
+        if value == defaults[key]:
+            values[key] = theirs[key]
+        elif value != theirs[key] and key not in OWN_KEYS:
+            raise UserError(
+                f"config: `model.{key}`={value} is not the {theirs[key]} of `init.checkpoint`={start.directory}; "
+                f"set --config.model.{key}={theirs[key]}"
+            )
+    return dataclasses.replace(config, model=freeze_section(ModelConfig, unflatten(values), "model."))
+
+
+def initial_tokenizer(config: Config, start: Initial) -> Tokenizer:
     """The tokenizer named, which must begin with the pieces of the run to start from; else that run's own.
 
     Raises:
-        UserError: an id of the run stands for something else.
+        UserError: an id of the run stands for something else, or a published model comes without a tokenizer.
     """
-    saved = load_tokenizer(pathlib.Path(config.init.checkpoint) / "tokenizer.model")
+    if isinstance(start.source, HfCheckpoint):
+        if not config.text.tokenizer:
+            raise UserError(
+                f"config: `init.checkpoint`={start.directory} needs `text.tokenizer`; name a tokenizer file"
+            )
+        return load_tokenizer(config.text.tokenizer)
+    saved = load_tokenizer(start.directory / "tokenizer.model")
     if not config.text.tokenizer:
         return saved
     tokenizer = load_tokenizer(config.text.tokenizer)
@@ -66,47 +108,46 @@ def initial_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def initial_parameters(key: jax.Array, config: Config, saved: Config, mesh: Mesh) -> Any:
-    """The run's newest weights, with rows for new tokens and fresh linear predictors where it has none.
+def initial_parameters(key: jax.Array, config: Config, start: Initial, mesh: Mesh) -> Any:
+    """The checkpoint's newest weights, with rows for new tokens and fresh linear predictors where it has none.
 
     Raises:
-        UserError: no checkpoint can be read, or it has more tokens than this model.
+        UserError: no checkpoint can be read.
     """
-    old = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=saved.model.vocab_size))
+    shapes, axes = abstract_parameters(config)
+    shardings = parameter_shardings(mesh, axes)
+    if isinstance(start.source, HfCheckpoint):
+        params = read_parameters(start.source, mesh, config.train.param_dtype, config.model.vocab_size)
+        words = ""
+    else:
+        step, params = _of_run(config, start, mesh)
+        words = f", step {step}"
+    new = config.model.vocab_size - start.model.vocab_size
+    LOG.info("weights of %s%s; %d new token rows", config.init.checkpoint, words, new)
+    fresh = set(shapes.get("predictors", {})) - set(params.get("predictors", {}))
+    changed = {name: params[name] for name in VOCABULARY_AXIS if name in params and new}
+    with jax.set_mesh(mesh):
+        make = jax.jit(
+            lambda old: with_new_rows(key, old, config, start.model.vocab_size),
+            out_shardings={name: shardings[name] for name in changed},
+        )
+        params |= make(changed)
+        if fresh:
+            make = jax.jit(lambda: init_parameters(key, config)["predictors"], out_shardings=shardings["predictors"])
+            params["predictors"] = make() | params.get("predictors", {})
+    return params
+
+
+def _of_run(config: Config, start: Initial, mesh: Mesh) -> tuple[int, Any]:
+    """The step and the parameters of a run, with those linear predictors that both have."""
+    old = dataclasses.replace(config, model=start.model)
     shapes, axes = abstract_parameters(old)
-    known = abstract_parameters(saved)[0].get("predictors", {})
-    fresh = set(shapes.get("predictors", {})) - set(known)
-    for name in fresh:
+    known = abstract_parameters(start.source)[0].get("predictors", {})
+    for name in set(shapes.get("predictors", {})) - set(known):
         del shapes["predictors"][name], axes["predictors"][name]
     abstract = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
         shapes,
         parameter_shardings(mesh, axes),
     )
-    step, params = restore_params(pathlib.Path(config.init.checkpoint) / "checkpoints", abstract)
-    new = config.model.vocab_size - saved.model.vocab_size
-    LOG.info("weights of %s, step %d; %d new token rows", config.init.checkpoint, step, new)
-    shardings = parameter_shardings(mesh, abstract_parameters(config)[1])
-    with jax.set_mesh(mesh):
-        return jax.jit(lambda params: _completed(key, params, config, new, fresh), out_shardings=shardings)(params)
-
-
-def _completed(key: jax.Array, params: Any, config: Config, new: int, fresh: set[str]) -> Any:
-    for number, (name, axis) in enumerate(VOCABULARY_AXIS.items()):
-        if name in params and new:
-            rows = _new_rows(jax.random.fold_in(key, number), params[name], axis, new, config)
-            params |= {name: jnp.concatenate([params[name], rows], axis=axis)}
-    if not fresh:
-        return params
-    drawn = init_parameters(key, config)["predictors"]
-    return params | {"predictors": params.get("predictors", {}) | {name: drawn[name] for name in fresh}}
-
-
-def _new_rows(key: jax.Array, weights: jax.Array, axis: int, new: int, config: Config) -> jax.Array:
-    """Rows for tokens that the model does not know: the mean of those it knows, or normal."""
-    shape = list(weights.shape)
-    shape[axis] = new
-    if config.init.new_rows == "mean":
-        mean = jnp.mean(weights.astype(jnp.float32), axis=axis, keepdims=True)
-        return jnp.broadcast_to(mean, shape).astype(weights.dtype)
-    return (config.model.init_std * jax.random.normal(key, shape)).astype(weights.dtype)
+    return restore_params(start.directory / "checkpoints", abstract)

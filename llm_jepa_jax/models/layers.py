@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linen modules of the Llama decoder: they declare parameters and call pure functions."""
+"""Linen modules of the decoder: they declare parameters and call pure functions; `ModelConfig` says what is in."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.attention.dense import attend_masked
 from llm_jepa_jax.models.attention.dispatch import attend_rows
-from llm_jepa_jax.models.ops import apply_rotary, linear, rms_norm, swiglu
+from llm_jepa_jax.models.attention.xla import seen_back
+from llm_jepa_jax.models.ops import ACTIVATIONS, apply_rotary, layer_norm, linear, rms_norm
 from llm_jepa_jax.parallel.sharding import constrain
 
 
@@ -43,6 +46,12 @@ class Decoding:
     allowed_BxS: Any
     """bool: the slots each prompt may attend to, the new one included."""
 
+    def allowed(self, seen: Any) -> jax.Array:
+        """bool [B, S]: those of a layer that sees so many tokens back, its own included; None: all."""
+        if seen is None:
+            return self.allowed_BxS
+        return self.allowed_BxS & (self.slot - jnp.arange(self.allowed_BxS.shape[1]) < seen)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Carry:
     """Hidden states of the layers that are wanted, [R, L, D] each; 0 up to there."""
 
 
-class LlamaModule(nn.Module):
+class DecoderModule(nn.Module):
     """A module that knows the configuration and how to declare a parameter."""
 
     config: ModelConfig
@@ -69,16 +78,39 @@ class LlamaModule(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
         return self.param(name, init, shape, self.param_dtype)
 
-    def norm_scale(self, name: str) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        return self.param(name, init, (self.config.embed_dim,), self.param_dtype)
+    def vector(self, name: str, shape: tuple[int, ...], axis: str, value: float) -> jax.Array:
+        """A small parameter that begins with one value and lies whole on every device; `axis` is `norm` or `bias`."""
+        axes = (axis, *("head_dim",) * (len(shape) - 1))
+        init = nn.with_logical_partitioning(nn.initializers.constant(value), axes)
+        return self.param(name, init, shape, self.param_dtype)
 
-    def norm(self, name: str, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.norm_scale(name), self.config.norm_eps)
+    def norm(self, name: str, *shape: int) -> Callable[[jax.Array], jax.Array]:
+        """Declares a norm over the last axes, of this shape."""
+        config, plus_one = self.config, self.config.norm == "rms_plus_one"
+        scale = self.vector(name, shape, "norm", 0.0 if plus_one else 1.0)
+        if config.norm == "layer":
+            bias = self.vector(f"{name}_bias", shape, "norm", 0.0)
+            return lambda x: layer_norm(x, scale, bias, config.norm_eps)
+        return lambda x: rms_norm(x, 1.0 + scale.astype(jnp.float32) if plus_one else scale, config.norm_eps)
+
+    def linear(
+        self,
+        name: str,
+        x: jax.Array,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        bias: bool,
+        depth_scaled: bool = False,
+    ) -> jax.Array:
+        """A linear layer in the type of `x`, over all axes that `x` has behind [R, L]."""
+        out = linear(x, self.weight(name, shape, axes, depth_scaled).astype(x.dtype))
+        if not bias:
+            return out
+        return out + self.vector(f"{name}_bias", shape[x.ndim - 2 :], "bias", 0.0).astype(x.dtype)
 
 
-class Block(LlamaModule):
-    """One decoder block: pre-norm attention and SwiGLU."""
+class Block(DecoderModule):
+    """One decoder block: attention, then an MLP that reads what attention gave, each with norms around it."""
 
     attention: str = "xla"
     """The back end of whole rows; a decode step has its own."""
@@ -93,56 +125,119 @@ class Block(LlamaModule):
     def __call__(
         self, carry: Carry, tables: Any, layout: Layout | None, decoding: Decoding | None
     ) -> tuple[Carry, Any]:
-        hidden_RxLxD, cache, layer = carry.hidden_RxLxD, carry.cache, carry.layer
+        hidden_RxLxD = carry.hidden_RxLxD
         with jax.named_scope("attention"):
-            mixed, cache, kept = self._attention(hidden_RxLxD, cache, layer, tables, layout, decoding)
+            normed = self._before("attention_norm", hidden_RxLxD)
+            mixed, cache, kept = self._attention(normed, carry, tables, layout, decoding)
+            mixed = self._after("attention_post_norm", mixed)
             hidden_RxLxD = constrain(hidden_RxLxD + mixed, "rows", "length", "embed")
         with jax.named_scope("mlp"):
-            hidden_RxLxD = constrain(hidden_RxLxD + self._mlp(hidden_RxLxD), "rows", "length", "embed")
+            inner = self._after("mlp_post_norm", self._mlp(self._before("mlp_norm", hidden_RxLxD)))
+            hidden_RxLxD = constrain(hidden_RxLxD + inner, "rows", "length", "embed")
+        return self._carried(carry, hidden_RxLxD, cache), kept
+
+    def _before(self, name: str, x: jax.Array) -> jax.Array:
+        return x if self.config.norm_placement == "post" else self.norm(name, x.shape[-1])(x)
+
+    def _after(self, name: str, x: jax.Array) -> jax.Array:
+        return x if self.config.norm_placement == "pre" else self.norm(name, x.shape[-1])(x)
+
+    def _carried(self, carry: Carry, hidden_RxLxD: jax.Array, cache: Cache | None) -> Carry:
+        behind = carry.layer + 1
         states = (
-            jnp.where(layer + 1 == number, hidden_RxLxD, state)
+            jnp.where(behind == number, hidden_RxLxD, state)
             for number, state in zip(self.wanted, carry.states, strict=True)
         )
-        return Carry(hidden_RxLxD, cache, layer + 1, tuple(states)), kept
+        return Carry(hidden_RxLxD, cache, behind, tuple(states))
 
     def _attention(
-        self, hidden_RxLxD: Any, cache: Any, layer: Any, tables: Any, layout: Any, decoding: Decoding | None
+        self, normed_RxLxD: jax.Array, carry: Carry, tables: Any, layout: Any, decoding: Decoding | None
     ) -> tuple[Any, Any, Any]:
-        config, dtype = self.config, hidden_RxLxD.dtype
-        embed, heads, kv_heads, width = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
-        normed = self.norm("attention_norm", hidden_RxLxD)
-        with jax.named_scope("qkv"):
-            query = self.weight("query", (embed, heads, width), ("embed", "heads", "head_dim"))
-            key = self.weight("key", (embed, kv_heads, width), ("embed", "kv_heads", "head_dim"))
-            value = self.weight("value", (embed, kv_heads, width), ("embed", "kv_heads", "head_dim"))
-            query_RxLxHxh = linear(normed, query.astype(dtype))
-            key_RxLxKxh = linear(normed, key.astype(dtype))
-            value_RxLxKxh = linear(normed, value.astype(dtype))
-            query_RxLxHxh = constrain(query_RxLxHxh, "rows", "length", "heads", "head_dim")
+        config, windowed = self.config, _windowed(self.config, carry.layer)
+        query_RxLxHxh, key_RxLxKxh, value_RxLxKxh = self._projected(normed_RxLxD)
         with jax.named_scope("rope"):
-            query_RxLxHxh, key_RxLxKxh = apply_rotary(query_RxLxHxh, tables), apply_rotary(key_RxLxKxh, tables)
+            query_RxLxHxh, key_RxLxKxh = _rotated(query_RxLxHxh, key_RxLxKxh, tables, windowed)
+        if config.score_width:
+            query_RxLxHxh = query_RxLxHxh * (config.head_dim / config.score_width) ** 0.5
+        cache, cap = carry.cache, config.attention_soft_cap
         if decoding is None:
-            arrays = (query_RxLxHxh, key_RxLxKxh, value_RxLxKxh)
             mixed_RxLxHxh = attend_rows(
-                *arrays, layout.segments_RxL, layout.branch_end_RxP, self.attention, self.longest_segment
-            )
+                query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, layout.segments_RxL, layout.branch_end_RxP,
+                self.attention, self.longest_segment, config.window, cap, windowed,
+            )  # fmt: skip
         else:
-            cache = _write(cache, layer, decoding.slot, key_RxLxKxh, value_RxLxKxh)
-            keys, values = cache.key_NxBxSxKxh[layer], cache.value_NxBxSxKxh[layer]
-            mixed_RxLxHxh = attend_masked(query_RxLxHxh, keys, values, decoding.allowed_BxS[:, None, :])
+            cache = _write(cache, carry.layer, decoding.slot, key_RxLxKxh, value_RxLxKxh)
+            keys, values = cache.key_NxBxSxKxh[carry.layer], cache.value_NxBxSxKxh[carry.layer]
+            allowed_Bx1xS = decoding.allowed(seen_back(config.window, windowed))[:, None, :]
+            mixed_RxLxHxh = attend_masked(query_RxLxHxh, keys, values, allowed_Bx1xS, cap)
+        shape = (config.num_heads, config.head_dim, config.embed_dim)
         with jax.named_scope("out"):
-            out = self.weight("out", (heads, width, embed), ("heads", "head_dim", "embed"), depth_scaled=True)
-            mixed_RxLxD = linear(mixed_RxLxHxh, out.astype(dtype))
+            mixed_RxLxD = self.linear(
+                "out", mixed_RxLxHxh, shape, ("heads", "head_dim", "embed"), config.out_bias, depth_scaled=True
+            )
         return mixed_RxLxD, cache, (key_RxLxKxh, value_RxLxKxh) if self.keep_kv else None
 
-    def _mlp(self, hidden_RxLxD: Any) -> Any:
-        config, dtype = self.config, hidden_RxLxD.dtype
-        normed = self.norm("mlp_norm", hidden_RxLxD)
-        gate = self.weight("gate", (config.embed_dim, config.mlp_dim), ("embed", "mlp"))
-        up = self.weight("up", (config.embed_dim, config.mlp_dim), ("embed", "mlp"))
-        down = self.weight("down", (config.mlp_dim, config.embed_dim), ("mlp", "embed"), depth_scaled=True)
-        inner = swiglu(linear(normed, gate.astype(dtype)), linear(normed, up.astype(dtype)))
-        return linear(constrain(inner, "rows", "length", "mlp"), down.astype(dtype))
+    def _projected(self, normed_RxLxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, before the rotation."""
+        config, arrays = self.config, {}
+        kinds = (("query", config.num_heads, "heads"), ("key", config.num_kv_heads, "kv_heads"))
+        with jax.named_scope("qkv"):
+            for name, heads, axis in (*kinds, ("value", config.num_kv_heads, "kv_heads")):
+                shape, axes = (config.embed_dim, heads, config.head_dim), ("embed", axis, "head_dim")
+                arrays[name] = self.linear(name, normed_RxLxD, shape, axes, config.qkv_bias)
+            arrays["query"] = constrain(arrays["query"], "rows", "length", "heads", "head_dim")
+        if config.qk_norm != "none":
+            for name, heads, _ in kinds:
+                together = (heads,) if config.qk_norm == "full" else ()
+                arrays[name] = self.norm(f"{name}_norm", *together, config.head_dim)(arrays[name])
+        return arrays["query"], arrays["key"], arrays["value"]
+
+    def _mlp(self, normed_RxLxD: jax.Array) -> jax.Array:
+        config = self.config
+        act, bias, shape = ACTIVATIONS[config.activation], config.mlp_bias, (config.embed_dim, config.mlp_dim)
+        if config.mlp_gated:
+            gate = self.linear("gate", normed_RxLxD, shape, ("embed", "mlp"), bias)
+            inner = act(gate) * self.linear("up", normed_RxLxD, shape, ("embed", "mlp"), bias)
+        else:
+            inner = act(self.linear("up", normed_RxLxD, shape, ("embed", "mlp"), bias))
+        inner = constrain(inner, "rows", "length", "mlp")
+        return self.linear("down", inner, shape[::-1], ("mlp", "embed"), bias, depth_scaled=True)
+
+
+class ParallelBlock(Block):
+    """Attention and an MLP that read the same norm, both added to the residual stream."""
+
+    @nn.compact
+    def __call__(
+        self, carry: Carry, tables: Any, layout: Layout | None, decoding: Decoding | None
+    ) -> tuple[Carry, Any]:
+        normed = self.norm("norm", self.config.embed_dim)(carry.hidden_RxLxD)
+        with jax.named_scope("attention"):
+            mixed, cache, kept = self._attention(normed, carry, tables, layout, decoding)
+        with jax.named_scope("mlp"):
+            hidden_RxLxD = carry.hidden_RxLxD + mixed + self._mlp(normed)
+        return self._carried(carry, constrain(hidden_RxLxD, "rows", "length", "embed"), cache), kept
+
+
+BLOCKS = {"sequential": Block, "parallel": ParallelBlock}
+"""By `model.block`."""
+
+
+def _windowed(config: ModelConfig, layer: jax.Array) -> jax.Array | None:
+    """bool scalar: whether this layer has the window; None where all layers do alike."""
+    pattern = config.window_pattern
+    if not config.window or "G" not in pattern:
+        return None
+    local_N = np.array([pattern[i % len(pattern)] == "L" for i in range(config.num_layers)])
+    return jnp.asarray(local_N)[layer]
+
+
+def _rotated(query: jax.Array, key: jax.Array, tables: Any, windowed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys after the rotation of their layer."""
+    chosen, local = tables
+    if local is not None:
+        chosen = local if windowed is None else jax.tree.map(lambda a, b: jnp.where(windowed, a, b), local, chosen)
+    return apply_rotary(query, chosen), apply_rotary(key, chosen)
 
 
 def _write(cache: Cache, layer: Any, slot: Any, key_Bx1xKxh: Any, value_Bx1xKxh: Any) -> Cache:

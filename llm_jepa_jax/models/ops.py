@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of a decoder as pure functions."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +13,40 @@ from jax.ad_checkpoint import checkpoint_name
 from llm_jepa_jax.config import ModelConfig
 
 
-def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm over the last axis (Zhang & Sennrich, 2019); float32 inside, the type of `x` outside."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (normed * scale_D.astype(jnp.float32)).astype(x.dtype)
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the axes of `scale`, the last of `x` (Zhang & Sennrich, 2019).
 
-
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
-    """float32 [h / 2] radians a position, with Llama 3.1's scaling (The Llama 3 Herd, section 3.2) where it is on.
-
-    Long wavelengths are divided by `factor`, short ones are kept, and those between are blended linearly in frequency.
+    float32 inside, the type of `x` outside.
     """
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + epsilon)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """Layer norm over the axes of `scale`, the last of `x` (Ba et al., 2016); types as in `rms_norm`."""
+    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    centred = wide - jnp.mean(wide, axis=axes, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=axes, keepdims=True) + epsilon)
+    return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
+    """float32 [r / 2] radians a position, r the rotated part of a head, scaled where that is on.
+
+    `linear` divides all frequencies by `factor` (Chen et al., 2023). `llama3` (The Llama 3 Herd, section 3.2) divides
+    those of long wavelengths, keeps those of short ones, and blends between them linearly in frequency. `local` gives
+    those of windowed layers, which have their own base, unscaled, where the model has two.
+    """
+    width = rotary_width(config)
+    exponents = np.arange(0, width, 2, dtype=np.float64) / width
+    if local and config.local_rope_theta:
+        return (config.local_rope_theta**-exponents).astype(np.float32)
     frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling
-    if scaling.factor != 1.0:
+    if scaling.factor != 1.0 and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling.factor != 1.0:
         turns = scaling.original_max_positions * frequencies / (2 * math.pi)
         span = scaling.high_freq_factor - scaling.low_freq_factor
         kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
@@ -34,23 +54,48 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rotary_tables(config: ModelConfig, positions_RxL: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of each position's angles, float32 [R, L, h / 2]."""
-    angles = positions_RxL[..., None].astype(jnp.float32) * rotary_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
+def rotary_width(config: ModelConfig) -> int:
+    """How many places of a head are rotated."""
+    return int(config.head_dim * config.rope_share)
 
 
-def apply_rotary(x_RxLxHxh: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (i, i + h/2) of each head: the half-split convention of published Llama checkpoints."""
+Tables = tuple[jax.Array, jax.Array]
+"""cos and sin of each position's angles, float32 [R, L, r / 2] each."""
+
+
+def rotary_tables(config: ModelConfig, positions_RxL: jax.Array) -> tuple[Tables, Tables | None]:
+    """The tables of all layers; or of global layers, and of windowed ones where those have their own base."""
+    wide_RxLx1 = positions_RxL[..., None].astype(jnp.float32)
+
+    def tables(local: bool) -> Tables:
+        angles = wide_RxLx1 * rotary_frequencies(config, local)
+        return jnp.cos(angles), jnp.sin(angles)
+
+    return tables(False), tables(True) if config.local_rope_theta else None
+
+
+def apply_rotary(x_RxLxHxh: jax.Array, tables: Tables) -> jax.Array:
+    """Rotates the pairs (i, i + r/2) of each head's first r places: the half-split convention of published models."""
     cos, sin = (table[:, :, None, :] for table in tables)
-    first, second = jnp.split(x_RxLxHxh.astype(jnp.float32), 2, axis=-1)
+    width = 2 * cos.shape[-1]
+    first, second = jnp.split(x_RxLxHxh[..., :width].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_RxLxHxh.dtype)
+    rotated = rotated.astype(x_RxLxHxh.dtype)
+    if width == x_RxLxHxh.shape[-1]:
+        return rotated
+    return jnp.concatenate([rotated, x_RxLxHxh[..., width:]], axis=-1)
 
 
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """SiLU(gate) * up (Shazeer, 2020)."""
-    return jax.nn.silu(gate) * up
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap · tanh(x / cap); `x` itself where the cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 PRODUCT = "product"

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder as pure functions over a plain parameter dictionary. It returns hidden states; objectives own the head.
 
-Parameters: `embedding [V, D]`, `layers/{attention_norm [N, D], query [N, D, H, h], key, value [N, D, K, h],
-out [N, H, h, D], mlp_norm [N, D], gate, up [N, D, F], down [N, F, D]}`, `final_norm [D]`, and `head [D, V]` unless
-embeddings are tied.
+Parameters of a plain Llama: `embedding [V, D]`, `layers/{attention_norm [N, D], query [N, D, H, h],
+key, value [N, D, K, h], out [N, H, h, D], mlp_norm [N, D], gate, up [N, D, F], down [N, F, D]}`, `final_norm [D]`, and
+`head [D, V]` unless embeddings are tied. What other models have besides: `X_bias` for a matrix or norm X,
+`attention_post_norm`, `mlp_post_norm [N, D]`, `query_norm`, `key_norm` ([N, h], or [N, H, h] and [N, K, h] over all
+heads), and one `norm [N, D]` in a parallel block.
 """
 
 from typing import Any
@@ -14,8 +16,8 @@ from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.adding import run_adding
-from llm_jepa_jax.models.layers import Block, Cache, Carry, Decoding, Layout, LlamaModule
-from llm_jepa_jax.models.ops import PRODUCT, rms_norm, rotary_tables
+from llm_jepa_jax.models.layers import BLOCKS, Cache, Carry, DecoderModule, Decoding, Layout
+from llm_jepa_jax.models.ops import PRODUCT, rotary_tables
 from llm_jepa_jax.parallel.sharding import constrain
 
 REMAT_POLICIES = {
@@ -29,7 +31,7 @@ UNROLLED_LAYERS = 8
 pass needs of every layer into one array and back, 1.1 times the step on CPUs."""
 
 
-class Decoder(LlamaModule):
+class Decoder(DecoderModule):
     """Embedding, N scanned blocks, final norm."""
 
     dtype: Any = jnp.float32
@@ -55,6 +57,8 @@ class Decoder(LlamaModule):
         if not config.tie_embeddings:
             self.weight("head", (config.embed_dim, config.vocab_size), ("embed", "vocab"))
         embedded_RxLxD = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "length", "embed")
+        if config.scale_embeddings:
+            embedded_RxLxD = embedded_RxLxD * jnp.asarray(config.embed_dim**0.5, self.dtype)
         inner = self._inner_layers()
         carry = Carry(embedded_RxLxD, cache, jnp.zeros((), jnp.int32), (jnp.zeros_like(embedded_RxLxD),) * len(inner))
         context = (rotary_tables(config, positions_RxL), layout, decoding)
@@ -64,9 +68,9 @@ class Decoder(LlamaModule):
             layers, kept = self.variables["params"]["layers"], None
             carry = run_adding(self._block(inner), self._unrolled, layers, layer_sums, carry, context)
         raw = {0: embedded_RxLxD, config.num_layers: carry.hidden_RxLxD} | dict(zip(inner, carry.states, strict=True))
-        scale_D = self.norm_scale("final_norm")
+        final_norm = self.norm("final_norm", config.embed_dim)
         wanted = self.states or ((config.num_layers, True),)
-        out = tuple(rms_norm(raw[i], scale_D, config.norm_eps) if normed else raw[i] for i, normed in wanted)
+        out = tuple(final_norm(raw[i]) if normed else raw[i] for i, normed in wanted)
         return out, kept if self.keep_kv else carry.cache
 
     def _inner_layers(self) -> tuple[int, ...]:
@@ -82,9 +86,9 @@ class Decoder(LlamaModule):
 
     def _scanned(self, inner: tuple[int, ...]) -> Any:
         """All blocks, one after the other."""
-        block = Block
+        block = BLOCKS[self.config.block]
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)  # a scan needs no barrier
+            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)  # a scan needs no barrier
         return nn.scan(
             block,
             variable_axes={"params": 0},
@@ -97,7 +101,7 @@ class Decoder(LlamaModule):
 
     def _block(self, inner: tuple[int, ...]) -> Any:
         """One block as a function of its parameters, the carry, and (rotary tables, layout, nothing)."""
-        block = Block(*self._fields(inner), parent=None)
+        block = BLOCKS[self.config.block](*self._fields(inner), parent=None)
 
         def run(layer: Any, carry: Carry, context: Any) -> Carry:
             return block.apply({"params": layer}, carry, *context)[0]

@@ -17,6 +17,7 @@ PARAMETER_RULES: dict[str, str | None] = {
     "head_dim": None,
     "layers": None,
     "norm": None,
+    "bias": None,
     "predicted": None,
 }
 """Storage: every matrix is cut over fsdp along its model width and over tensor along the other side."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW, or its variant with factored second moments: warm-up, a global-norm clip, and no decay on norms."""
+"""AdamW, or its variant with factored second moments: warm-up, a global-norm clip, and no decay on norms
+and biases."""
 
 from typing import Any
 
@@ -27,8 +28,8 @@ def learning_rate(config: OptConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptConfig, num_steps: int, axes: Any) -> optax.GradientTransformation:
-    """The optimizer for parameters with these logical axes; a parameter with a `norm` axis is not decayed."""
-    decayed = jax.tree.map(lambda names: "norm" not in names, axes, is_leaf=is_axes)
+    """The optimizer for parameters with these logical axes; one with a `norm` or `bias` axis is not decayed."""
+    decayed = jax.tree.map(lambda names: not {"norm", "bias"} & set(names), axes, is_leaf=is_axes)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         *_scaling(config),

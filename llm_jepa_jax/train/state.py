@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llm_jepa_jax.checkpoint.initial import initial_parameters, initial_run
+from llm_jepa_jax.checkpoint.initial import initial_parameters, open_initial
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
 from llm_jepa_jax.parallel.sharding import parameter_shardings, replicated
@@ -53,13 +53,15 @@ class StateFactory:
             UserError: the weights of `init.checkpoint` cannot be read.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        key, saved = jax.random.key(self.config.seed), initial_run(self.config)
+        key, saved = jax.random.key(self.config.seed), open_initial(self.config)
         if saved:
-            start, make = initial_parameters(key, self.config, saved, self.mesh), lambda params: params
+            start, make, donated = initial_parameters(key, self.config, saved, self.mesh), lambda params: params, 0
         else:
-            start, make = key, lambda key: init_parameters(key, self.config)
+            start, make, donated = key, lambda key: init_parameters(key, self.config), ()
         with jax.set_mesh(self.mesh):
-            make_state = jax.jit(lambda start: _initial(make(start), self.optimizer), out_shardings=shardings)
+            make_state = jax.jit(
+                lambda start: _initial(make(start), self.optimizer), out_shardings=shardings, donate_argnums=donated
+            )
             return make_state(start)
 
 

@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ def attend_rows(
     longest_segment: int = 0,
     window: int = 0,
     soft_cap: float = 0.0,
+    windowed: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of whole rows, [R, T, H, h]: the trunk, and the branches of k tokens behind it where T is L + P·k.
 
@@ -35,16 +37,16 @@ def attend_rows(
     """
     length = segments_RxL.shape[1]
     query, key, value = (array[:, :length] for array in (query_RxTxHxh, key_RxTxKxh, value_RxTxKxh))
-    trunk = attend(query, key, value, segments_RxL, backend, longest_segment, window, soft_cap)
+    trunk = attend(query, key, value, segments_RxL, backend, longest_segment, window, soft_cap, windowed)
     size = query_RxTxHxh.shape[1] - length
     if not size:
         return trunk
-    allowed = _branch_mask(segments_RxL, branch_end_RxP, size, window)
+    allowed = _branch_mask(segments_RxL, branch_end_RxP, size, xla.seen_back(window, windowed))
     branches = dense.attend_masked(query_RxTxHxh[:, length:], key_RxTxKxh, value_RxTxKxh, allowed, soft_cap)
     return jnp.concatenate([trunk, branches], axis=1)
 
 
-def _branch_mask(segments_RxL: jax.Array, branch_end_RxP: jax.Array, size: int, window: int) -> jax.Array:
+def _branch_mask(segments_RxL: jax.Array, branch_end_RxP: jax.Array, size: int, seen: Any) -> jax.Array:
     """bool [R, B, L + B]: what the B = P·k branch tokens of a row attend to. They follow `branch_end` in a window."""
     rows, length = segments_RxL.shape
     k = size // branch_end_RxP.shape[1]
@@ -55,9 +57,9 @@ def _branch_mask(segments_RxL: jax.Array, branch_end_RxP: jax.Array, size: int, 
     slots_B = jnp.arange(size)
     back_BxB = slots_B[:, None] - slots_B
     own_BxB = (slots_B[:, None] // k == slots_B // k) & (back_BxB >= 0)
-    if window:
+    if seen is not None:
         back_RxBxL = jnp.repeat(before_RxPxL, k, axis=1) + (slots_B % k + 1)[:, None]
-        prefix_RxBxL, own_BxB = prefix_RxBxL & (back_RxBxL < window), own_BxB & (back_BxB < window)
+        prefix_RxBxL, own_BxB = prefix_RxBxL & (back_RxBxL < seen), own_BxB & (back_BxB < seen)
     return jnp.concatenate([prefix_RxBxL, jnp.broadcast_to(own_BxB, (rows, size, size))], axis=2)
 
 
@@ -70,6 +72,7 @@ def attend(
     longest_segment: int = 0,
     window: int = 0,
     soft_cap: float = 0.0,
+    windowed: jax.Array | None = None,
 ) -> jax.Array:
     """Each query attends to earlier keys (and its own) of its own segment, [R, L, H, h]; `xla.attend` says the rest.
 
@@ -78,15 +81,19 @@ def attend(
     """
     arrays = (query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, segments_RxL)
     if backend == "xla":
-        return xla.attend(*arrays, longest_segment, window, soft_cap)
+        return xla.attend(*arrays, longest_segment, window, soft_cap, windowed)
     length, _, width = query_RxLxHxh.shape[1:]
     refusal = attention_refusal(backend, length, width, query_RxLxHxh.dtype.name, window, soft_cap)
     if refusal:
         raise UserError(f"config: {refusal}")
     if backend == "triton":
         return on_shards(triton.attend, *arrays)
-    kernel = functools.partial(splash.attend, longest_segment=longest_segment, window=window, soft_cap=soft_cap)
-    return on_shards(kernel, *arrays)
+    kernel = functools.partial(splash.attend, longest_segment=longest_segment, soft_cap=soft_cap)
+    local = functools.partial(kernel, window=window)
+    if windowed is None:
+        return on_shards(local, *arrays)
+    # The mask of this kernel is compiled into it, so there are two of them; a layer runs one.
+    return jax.lax.cond(windowed, functools.partial(on_shards, local), functools.partial(on_shards, kernel), *arrays)
 
 
 def on_shards(

@@ -29,19 +29,22 @@ def attend(
     longest_segment: int = 0,
     window: int = 0,
     soft_cap: float = 0.0,
+    windowed: jax.Array | None = None,
 ) -> jax.Array:
     """Each query attends to earlier keys (and its own) of its own segment; [R, L, H, h] in the type of the values.
 
     `longest_segment` is a promise (0: none): no segment has more tokens. `window` (0: off) is how many tokens back,
-    its own included, a query sees. `soft_cap` (0: off) turns scores into cap * tanh(scores / cap). Query heads share
-    keys in consecutive groups. Padding (segment 0) attends to padding: finite, and nothing else reads it.
+    its own included, a query sees; `windowed` (a bool scalar, None: yes) says whether this layer has it, when the step
+    runs. `soft_cap` (0: off) turns scores into cap * tanh(scores / cap). Query heads share keys in consecutive groups.
+    Padding (segment 0) attends to padding: finite, and nothing else reads it.
     """
     rows, length, heads, width = query_RxLxHxh.shape
+    sight = seen_back(window, windowed)
     if length <= BLOCK:
-        near_LxL = _near(0, length, window)
+        near_LxL = _near(0, length, sight)
         allowed_RxLxL = near_LxL & (segments_RxL[:, :, None] == segments_RxL[:, None, :])
         return attend_masked(query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, allowed_RxLxL, soft_cap)
-    reach = min(longest_segment or length, window or length)
+    reach = min(longest_segment or length, window if window and windowed is None else length)
     block = BLOCK if reach <= FAR else FAR_BLOCK
     kv_heads, num_blocks = key_RxLxKxh.shape[2], -(-length // block)
 
@@ -52,17 +55,26 @@ def attend(
 
     query = cut(query_RxLxHxh * width**-0.5).reshape(num_blocks, rows, block, kv_heads, heads // kv_heads, width)
     key, value = (cut(array).transpose(0, 1, 3, 2, 4) for array in (key_RxLxKxh, value_RxLxKxh))
-    mixed = _blocked(query.transpose(0, 1, 3, 4, 2, 5), key, value, cut(segments_RxL), reach, window, soft_cap)
+    segments = cut(segments_RxL)
+    first = first_blocks(segments, reach if sight is None else jnp.minimum(sight, reach))
+    mixed = _blocked(query.transpose(0, 1, 3, 4, 2, 5), key, value, segments, first, sight, soft_cap)
     return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(rows, num_blocks * block, heads, width)[:, :length]
 
 
-def _near(back: Any, size: int, window: int) -> Any:
+def seen_back(window: int, windowed: jax.Array | None) -> int | jax.Array | None:
+    """How many tokens back a query sees, its own included; None: all. The arguments are those of `attend`."""
+    if not window or windowed is None:
+        return window or None
+    return jnp.where(windowed, window, jnp.iinfo(jnp.int32).max)
+
+
+def _near(back: Any, size: int, sight: Any) -> Any:
     """bool [B, B]: which keys of a block a query may see, its block beginning `back` tokens behind theirs."""
     back_BxB = back + np.arange(size)[:, None] - np.arange(size)
-    return (back_BxB >= 0) & (back_BxB < window) if window else back_BxB >= 0
+    return back_BxB >= 0 if sight is None else (back_BxB >= 0) & (back_BxB < sight)
 
 
-def first_blocks(segments_nxRxB: jax.Array, reach: int) -> jax.Array:
+def first_blocks(segments_nxRxB: jax.Array, reach: int | jax.Array) -> jax.Array:
     """int32 [n]: the first block of keys that each block of queries needs, in any row.
 
     Blocks whose ranges of segments overlap may share one; padding, which stands behind them all, counts as the last.
@@ -76,36 +88,42 @@ def first_blocks(segments_nxRxB: jax.Array, reach: int) -> jax.Array:
     return jnp.argmax(shared_nxn & within_nxn, axis=1).astype(jnp.int32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _blocked(
     query_nxRxKxGxBxh: jax.Array,
     key_nxRxKxBxh: jax.Array,
     value_nxRxKxBxh: jax.Array,
     segments_nxRxB: jax.Array,
-    reach: int,
-    window: int,
+    first_n: jax.Array,
+    sight: int | jax.Array | None,
     soft_cap: float,
 ) -> jax.Array:
-    """Mixed values, [n, R, K, G, B, h]."""
-    return _forward(query_nxRxKxGxBxh, key_nxRxKxBxh, value_nxRxKxBxh, segments_nxRxB, reach, window, soft_cap)[0]
+    """Mixed values, [n, R, K, G, B, h]; `first_n` from `first_blocks`, `sight` tokens back or all."""
+    return _forward(query_nxRxKxGxBxh, key_nxRxKxBxh, value_nxRxKxBxh, segments_nxRxB, first_n, sight, soft_cap)[0]
 
 
 def _scores(
-    query: jax.Array, key: jax.Array, segments: tuple[jax.Array, jax.Array], back: jax.Array, window: int, cap: float
+    query: jax.Array, key: jax.Array, segments: tuple[jax.Array, jax.Array], back: jax.Array, sight: Any, cap: float
 ) -> tuple[jax.Array, Any]:
     """Scores [R, K, G, Q, S] of two blocks `back` tokens apart, float32, and the slope that a soft cap gave them."""
     scores, slope = jnp.einsum("rkgqh,rksh->rkgqs", query, key, preferred_element_type=jnp.float32), 1.0
     if cap:
         capped = jnp.tanh(scores / cap)
         scores, slope = cap * capped, 1.0 - capped * capped
-    allowed_RxQxS = _near(back, key.shape[-2], window) & (segments[0][:, :, None] == segments[1][:, None, :])
+    allowed_RxQxS = _near(back, key.shape[-2], sight) & (segments[0][:, :, None] == segments[1][:, None, :])
     return jnp.where(allowed_RxQxS[:, None, None], scores, MASKED), slope
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, reach: int, window: int, soft_cap: float
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array,
+    first_n: jax.Array,
+    sight: Any,
+    soft_cap: float,
 ) -> tuple[jax.Array, Any]:
-    first_n, block_size = first_blocks(segments, reach), key.shape[-2]
+    block_size = key.shape[-2]
 
     def mix(block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         """Values mixed for one block of queries, and the logarithm of its softmax denominators."""
@@ -113,7 +131,7 @@ def _forward(
 
         def add(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             mixed, total, top = carry
-            scores, _ = _scores(query_i, key[j], (segments_i, segments[j]), (i - j) * block_size, window, soft_cap)
+            scores, _ = _scores(query_i, key[j], (segments_i, segments[j]), (i - j) * block_size, sight, soft_cap)
             new_top = jnp.maximum(top, scores.max(axis=-1))
             shares, kept = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
             here = jnp.einsum(
@@ -127,11 +145,11 @@ def _forward(
         return (mixed / total[..., None]).astype(value.dtype), top + jnp.log(total)
 
     mixed, log_total = jax.lax.map(mix, (jnp.arange(len(query)), first_n, query, segments))
-    return mixed, (query, key, value, segments, first_n, mixed, log_total)
+    return mixed, (query, key, value, segments, first_n, sight, mixed, log_total)
 
 
-def _backward(reach: int, window: int, soft_cap: float, saved: Any, grad: jax.Array) -> tuple[jax.Array, ...]:
-    query, key, value, segments, first_n, mixed, log_total = saved
+def _backward(soft_cap: float, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
+    query, key, value, segments, first_n, sight, mixed, log_total = saved
     block_size = key.shape[-2]
 
     def spread(carry: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]) -> Any:
@@ -141,7 +159,7 @@ def _backward(reach: int, window: int, soft_cap: float, saved: Any, grad: jax.Ar
 
         def add(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             by_query, by_key, by_value = carry
-            scores, slope = _scores(query_i, key[j], (segments_i, segments[j]), (i - j) * block_size, window, soft_cap)
+            scores, slope = _scores(query_i, key[j], (segments_i, segments[j]), (i - j) * block_size, sight, soft_cap)
             shares = jnp.exp(scores - log_total_i[..., None])
             product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
             by_share = product("rkgqh,rksh->rkgqs", grad_i, value[j])
@@ -158,7 +176,7 @@ def _backward(reach: int, window: int, soft_cap: float, saved: Any, grad: jax.Ar
     zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
     blocks = (jnp.arange(len(query)), first_n, query, segments, mixed, log_total, grad)
     (by_key, by_value), by_query = jax.lax.scan(spread, zeros, blocks)
-    return by_query, by_key.astype(key.dtype), by_value.astype(value.dtype), None
+    return by_query, by_key.astype(key.dtype), by_value.astype(value.dtype), None, None, None
 
 
 _blocked.defvjp(_forward, _backward)
