@@ -17,7 +17,7 @@ from llm_jepa_jax.from_json import load_json
 from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
 from llm_jepa_jax.parallel.sharding import parameter_shardings
 from llm_jepa_jax.schema import flatten
-from llm_jepa_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llm_jepa_jax.text.tokenizer import Tokenizer, load_tokenizer, saved_tokenizer
 
 LOG = logging.getLogger("llm_jepa_jax")
 VOCABULARY_AXIS = {"embedding": 0, "head": 1}
@@ -33,7 +33,7 @@ def initial_run(config: Config) -> Config | None:
     if not config.init.checkpoint:
         return None
     directory = pathlib.Path(config.init.checkpoint)
-    for name in ("config.json", "tokenizer.model", "checkpoints"):
+    for name in ("config.json", "checkpoints"):
         if not (directory / name).exists():
             raise UserError(f"config: `init.checkpoint`={directory} has no {name}; name the directory of a run")
     saved = freeze(load_json(directory / "config.json"))
@@ -53,10 +53,12 @@ def initial_tokenizer(config: Config) -> Tokenizer:
     Raises:
         UserError: an id of the run stands for something else.
     """
-    saved = load_tokenizer(pathlib.Path(config.init.checkpoint) / "tokenizer.model")
+    saved = saved_tokenizer(pathlib.Path(config.init.checkpoint))
+    if saved is None:
+        raise UserError(f"config: `init.checkpoint`={config.init.checkpoint} has no tokenizer; copy the whole run")
     if not config.text.tokenizer:
         return saved
-    tokenizer = load_tokenizer(config.text.tokenizer)
+    tokenizer = load_tokenizer(config.text.tokenizer, config.text.chat_template)
     for index in range(saved.vocab_size):
         if index >= tokenizer.vocab_size or tokenizer.piece(index) != saved.piece(index):
             raise UserError(
