@@ -24,7 +24,7 @@ class TextConfig:
     )
     chat_template: str = key(
         "",
-        "Jinja file in place of the checkpoint's chat template, or `plain` (`User: …`, `Assistant: …`) for one "
+        "Jinja file in place of the checkpoint's chat template, or `plain` (`User:` and `Assistant:` lines) for one "
         "without; empty: its own",
     )
     vocab_size: int = key(1024, "size of a tokenizer trained here, reserved ids included", "pieces")

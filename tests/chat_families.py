@@ -17,19 +17,14 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def llama3(plain=False):
-    reserved = [f"<|reserved_special_token_{i}|>" for i in range(20)]
-    names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"]
-    return {
-        "special": [*(f"<|{name}|>" for name in names), *reserved],
+LLAMA = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"]
+FAMILIES = {
+    "llama3": {
+        "special": [*(f"<|{name}|>" for name in LLAMA), *(f"<|reserved_special_token_{i}|>" for i in range(20))],
         "config": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
         "stops": ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"],
         "begins": True,
-    }
-
-
-FAMILIES = {
-    "llama3": llama3(),
+    },
     "gemma2": {
         "special": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
         "plain": [f"<unused{i}>" for i in range(15)],
@@ -44,6 +39,7 @@ FAMILIES = {
         "config": {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "add_bos_token": False},
         "stops": ["<|im_end|>", "<|endoftext|>"],
         "normalizer": normalizers.NFC(),
+        "model": {"bos_token": "<|endoftext|>"},
     },
     "olmo2": {
         "special": ["<|endoftext|>", *(f"<|extra_id_{i}|>" for i in range(11)), "<|pad|>"],
@@ -108,5 +104,7 @@ def write_family(name: str, directory: pathlib.Path) -> pathlib.Path:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     stops = [tokenizer.token_to_id(piece) for piece in family["stops"]]
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    model = {f"{name}_id": tokenizer.token_to_id(piece) for name, piece in family.get("model", {}).items()}
+    (directory / "config.json").write_text(json.dumps(model))
     (directory / "chat_template.jinja").write_text((TEMPLATES / f"{name}.jinja").read_text())
     return directory

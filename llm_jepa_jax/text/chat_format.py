@@ -16,7 +16,8 @@ class ChatFormat:
     def __init__(self, template: ChatTemplate, bos_token: str):
         """Renders one turn, two and four; raises `UserError` where the template cannot be understood from them."""
         self.template = template
-        one, two, four = (template.lay([QUESTION, ANSWER, QUESTION, ANSWER][:count]) for count in (1, 2, 4))
+        turns = [QUESTION, ANSWER, Message("user", "other"), Message("assistant", "reply")]
+        one, two, four = (template.lay(turns[:count]) for count in (1, 2, 4))
         self.tails = {"user": one.text[one.contents[0][1] :], "assistant": two.text[two.contents[1][1] :]}
         """By role, what comes behind the content of a turn that is the last one."""
         first = one.text[: one.contents[0][0]]

@@ -25,9 +25,9 @@ TODAY = datetime.datetime(2024, 7, 26)
 DATE = TODAY.strftime("%d %b %Y")
 PLAIN = (
     "{{ bos_token | default('') }}{% for message in messages %}"
-    "{{ message.role | capitalize + ': ' + message.content }}"
+    "{{ message.role | capitalize + ':\\n' + message.content }}"
     "{{ eos_token if message.role == 'assistant' else '\\n' }}{% endfor %}"
-    "{{ 'Assistant:' if add_generation_prompt else '' }}"
+    "{{ 'Assistant:\\n' if add_generation_prompt else '' }}"
 )
 """`text.chat_template=plain`, for checkpoints without a template."""
 MARKS = tuple("".join(chr(first + i) for i in range(5)) for first in range(0xFDD2, 0xFDEC, 5))
@@ -180,10 +180,8 @@ class ChatTemplate:
     def _refuse_use(self, messages: Sequence[Message]) -> NoReturn:
         """Names the turn whose content the template reads rather than renders."""
         for number in range(1, len(messages)):
-            try:
+            if messages[number - 1].role == "assistant":
                 self.lay(messages[:number])  # raises if the turn is among them
-            except TemplateRefusal:
-                continue  # not a conversation of its own
         self._refuse_turn(messages, len(messages) - 1, "differently for what it says")
 
 

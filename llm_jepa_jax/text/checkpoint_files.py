@@ -62,8 +62,10 @@ class CheckpointFiles:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over names and bytes."""
-        parts = (part for name in sorted(self.contents) for part in (name.encode(), self.contents[name]))
+        """sha256 over names and bytes, all but the record of what was chosen here."""
+        parts = (
+            part for name in sorted(self.contents) if name != RECORD for part in (name.encode(), self.contents[name])
+        )
         return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
     def special_tokens(self) -> dict[str, str]:
