@@ -14,12 +14,16 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import llm_jepa_jax
 from llm_jepa_jax.data.cuts import sentence_bounds
+from llm_jepa_jax.data.sources import SyntheticSource
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.main import run
 from llm_jepa_jax.objective_config import JepaConfig
 from llm_jepa_jax.text.chat import ROLE_CODES, Message, render, render_document, render_prompt, render_view, view_tokens
 from llm_jepa_jax.text.tokenizer import load_tokenizer, saved_tokenizer
 from tests.chat_families import FAMILIES, TEXTS, write_family
+from tests.conftest import CACHE, host_rows, small_config, small_data
 
 RECORDED = json.loads((pathlib.Path(__file__).parent / "data" / "chat_ids.json").read_text())
 TURNS = (
@@ -349,3 +353,68 @@ def test_sentencepiece_conversations(sentencepiece_checkpoint, tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.model").write_text("not a model")
     with pytest.raises(UserError, match="tokenizer.model: (not|a) .*SentencePiece model"):
         saved_tokenizer(tmp_path)
+
+
+SMALL = {
+    "data": {"synthetic_train": 40, "synthetic_eval": 6, "row_length": 512, "rows_per_step": 8, "row_buckets": 1},
+    "model": {"embed_dim": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "mlp_dim": 32},
+    "train": {"num_steps": 2}, "eval": {"max_new_tokens": 4, "batch_size": 8},
+    "log": {"report": False, "every_steps": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen3", "mistral"])
+@pytest.mark.parametrize("layout", ["separate", "shared"])
+def test_rows_hold_the_views(loaded, tmp_path, name, layout):
+    """The text view with its predictor tokens and the code view, wherever the layout reads them."""
+    tokenizer = loaded[name]
+    objective = {"jepa": {"num_predictors": 2, "view_end": "turn"}}
+    data = small_data(
+        small_config(tmp_path, data={"layout": layout, "row_length": 512}, objective=objective), tokenizer
+    )
+    ends = {role: tokenizer.turn_end(role) for role in ("user", "assistant")}
+    records = SyntheticSource("train", 60, 10)
+    expected = set()
+    for record in (records[i] for i in range(60)):
+        views = [render_view(tokenizer, m.role, m.content).tokens for m in record.messages[-2:]]
+        first = [*views[0], *tokenizer.predictor_ids[:2], ends["user"]]
+        expected.add((tuple(first), (*views[1], ends["assistant"])))
+    found = set()
+    for row in host_rows(data):
+        length = len(row["segments"])
+        for pair in np.flatnonzero(row["pair_weight"]):
+            texts = []
+            for view in ("predictor", "code"):
+                start, end = int(row[f"{view}_start"][pair]), int(row[f"{view}_index"][pair])
+                tokens = row["tokens"][start : end + 1]
+                if end >= length:  # on a branch
+                    tokens = np.concatenate(
+                        [row["tokens"][start : row["branch_end"][pair] + 1], row["tokens"][end - 2 : end + 1]]
+                    )
+                texts.append(tuple(tokens.tolist()))
+            found.add(tuple(texts))
+    if layout == "shared" and name == "llama3":  # views read behind the system block begin with their role
+        expected = {(first[1:], second) for first, second in expected}
+    assert found == expected
+
+
+def test_a_run_with_a_checkpoints_tokenizer(families, tmp_path, capsys, name="gemma2"):
+    """Two steps, then evaluation, generation, inspection and the façade; the run keeps the tokenizer's files."""
+    flags = ["main", "--config=configs/tiny.py", "--config.objective.jepa.view_end=turn"]
+    flags += [f"--config.{a}.{b}={value}" for a, keys in SMALL.items() for b, value in keys.items()]
+    flags += [f"--config.text.tokenizer={families[name]}", f"--config.data.cache_dir={tmp_path}/cache"]
+    flags += ["--config.data.layout=separate", "--config.log.tensorboard=False"]
+    flags += [f"--config.train.compile_cache={CACHE}", f"--workdir={tmp_path}/run"]
+    result = run([*flags, "--mode=train"])
+    assert result["step"] == 2 and 0 < result["ntp_loss"] < 10 and 0 < result["jepa_loss"] < 2
+    for path in families[name].iterdir():
+        assert (tmp_path / "run" / "tokenizer" / path.name).read_bytes() == path.read_bytes()
+    assert run([*flags, "--mode=eval"])["eval_examples"] == 6
+    assert len(run([*flags, "--mode=generate", "--prompt=lines with a digit"])["answers"]) == 1
+    capsys.readouterr()
+    run([*flags, "--mode=inspect", "--rows=1"])
+    out = capsys.readouterr().out
+    assert "conversation" in out and ENDS[name] in out.replace("·", "") and "plain text pos" not in out
+    lm = llm_jepa_jax.load(tmp_path / "run")
+    assert lm.encode(["a word"]).shape == (1, 32) and lm.run.config.model.vocab_size == lm.tokenizer.vocab_size
+    assert len(lm.generate(["a word"], system="be brief")) == 1
