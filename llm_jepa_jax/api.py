@@ -36,7 +36,7 @@ class LanguageModel:
             UserError: a published model's is not read.
         """
         if self.run.tokenizer is None:
-            raise UserError("the tokenizers of published models are not read yet; pass token ids to hidden or logits")
+            raise UserError("the model came without a tokenizer; pass token ids to hidden or logits")
         return self.run.tokenizer
 
     @property

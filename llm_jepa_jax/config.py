@@ -17,7 +17,16 @@ from llm_jepa_jax.schema import describe_section, freeze_section, key, section
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    tokenizer: str = key("", "SentencePiece `.model` file; empty: one is trained on the training split")
+    tokenizer: str = key(
+        "",
+        "a checkpoint's directory or its `tokenizer.json`, with its chat template, or a SentencePiece `.model` file "
+        "with reserved pieces; empty: one is trained on the training split",
+    )
+    chat_template: str = key(
+        "",
+        "Jinja file in place of the checkpoint's chat template, or `plain` (`User:` and `Assistant:` lines) for one "
+        "without; empty: its own",
+    )
     vocab_size: int = key(1024, "size of a tokenizer trained here, reserved ids included", "pieces")
 
 

@@ -31,7 +31,7 @@ from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.resolve import attention_backend, resolve, with_vocabulary
 from llm_jepa_jax.run_directory import check_directory, claim, export_run, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
-from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer
+from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer, saved_tokenizer
 from llm_jepa_jax.train.loop import Evaluate
 from llm_jepa_jax.train.loop import train as run_training
 from llm_jepa_jax.train.phases import Phases
@@ -86,12 +86,13 @@ def _absolute(init: InitConfig) -> InitConfig:
 
 def _tokenizer(config: Config, workdir: pathlib.Path, source: Source, start: Initial | None) -> Tokenizer:
     """The run's own tokenizer, else the one named, that of `init.checkpoint`, or one trained on the training split."""
-    if (workdir / "tokenizer.model").exists():
-        return load_tokenizer(workdir / "tokenizer.model")
+    saved = saved_tokenizer(workdir)
+    if saved is not None:
+        return saved
     if start:
         return initial_tokenizer(config, start)
     if config.text.tokenizer:
-        return load_tokenizer(config.text.tokenizer)
+        return load_tokenizer(config.text.tokenizer, config.text.chat_template)
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
 
     def texts() -> Iterator[str]:

@@ -38,7 +38,7 @@ def llama3() -> ml_collections.ConfigDict:
 
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks sizes and lengths, and keeps what makes the preset itself: dtypes, remat, rope, tying, objective."""
-    config.text.tokenizer, config.text.vocab_size = "", 512
+    config.text.update(tokenizer="", chat_template="", vocab_size=512)
     config.data.train, config.data.eval = "synthetic", ""
     config.data.synthetic_train, config.data.synthetic_eval = 400, 40
     config.data.row_length, config.data.rows_per_step = 256, 8

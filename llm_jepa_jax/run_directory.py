@@ -25,9 +25,10 @@ from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import parameter_shardings
 from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.schema import flatten
-from llm_jepa_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY
+from llm_jepa_jax.text.tokenizer import MODEL_FILE, Tokenizer, has_tokenizer, load_tokenizer, saved_tokenizer
 
-FILES = ("config.json", "run.json", "tokenizer.model", "checkpoints")
+FILES = ("config.json", "run.json", "checkpoints")
 RESUMABLE = (
     "train",
     "eval",
@@ -49,7 +50,7 @@ class Run:
     config: Config
     mesh: Mesh
     tokenizer: Tokenizer | None
-    """None: a published model, whose tokenizer is not read."""
+    """None: a published model that comes without one."""
     step: int
     params: Any
     system: str
@@ -83,7 +84,7 @@ def check_directory(workdir: pathlib.Path, config: Config, splits: Splits) -> No
 def claim(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, splits: Splits) -> None:
     """Writes what makes a checked directory this run's: once its data are known to be good."""
     if jax.process_index() == 0:
-        tokenizer.save(workdir / "tokenizer.model")
+        tokenizer.save(workdir)
         _write(workdir / "run.json", json.dumps(_facts(splits), indent=2))
         _write(workdir / "config.json", json.dumps(to_dict(config), indent=2))
 
@@ -131,6 +132,9 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     for name in FILES:
         if not (workdir / name).exists():
             raise UserError(f"{workdir}: has no {name}; a run directory holds {', '.join(FILES)}")
+    tokenizer = saved_tokenizer(workdir)
+    if tokenizer is None:
+        raise UserError(f"{workdir}: has no {MODEL_FILE} and no {CHECKPOINT_DIRECTORY}/; a run directory holds one")
     saved = freeze(load_json(workdir / "config.json"))
     config = config or saved
     config = dataclasses.replace(config, model=saved.model)  # its vocabulary size is known only there
@@ -144,7 +148,7 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     )
     step, params = restore_params(workdir / "checkpoints", abstract)
     facts = json.loads((workdir / "run.json").read_text())
-    return Run(config, mesh, load_tokenizer(workdir / "tokenizer.model"), step, params, facts["system"])
+    return Run(config, mesh, tokenizer, step, params, facts["system"])
 
 
 def open_published(directory: pathlib.Path) -> Run:
@@ -165,7 +169,8 @@ def open_published(directory: pathlib.Path) -> Run:
     )
     config = resolve(config, mesh.devices.shape)
     params = read_parameters(checkpoint, mesh, checkpoint.dtype, checkpoint.model.vocab_size)
-    return Run(config, mesh, None, 0, params, "")
+    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    return Run(config, mesh, tokenizer, 0, params, "")
 
 
 def export_run(run: Run, directory: pathlib.Path, settings: ExportSettings) -> int:

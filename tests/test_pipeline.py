@@ -55,8 +55,8 @@ def test_rows_say_what_the_records_say(tmp_path, tokenizer, layout, targets, pre
         keep = rendered.assistant_target if targets == "assistant" else np.arange(len(rendered.tokens)) > 0
         expected["conversation"][tuple(rendered.tokens.tolist())] = np.flatnonzero(keep).tolist()
         (pair,) = source[i].pairs("last")
-        text = render_view(tokenizer, "user", pair.text) + list(tokenizer.predictor_ids[:predictors])
-        expected["pair"][tuple(text)] = tuple(render_view(tokenizer, "assistant", pair.code))
+        text = render_view(tokenizer, "user", pair.text).tokens + list(tokenizer.predictor_ids[:predictors])
+        expected["pair"][tuple(text)] = tuple(render_view(tokenizer, "assistant", pair.code).tokens)
     seen_conversations, seen_pairs = [], 0
     for row in host_rows(data):
         found = check_row(row if layout != "shared" else as_separate(row, predictors), expected)
@@ -269,6 +269,7 @@ class FakeCorpus:
         self.arrays = arrays
         self.pair_offsets = np.cumsum([0, *counts])
         self.text_places = np.full((sum(counts), 2), -1)
+        self.view_headers = np.zeros((sum(counts), 2), np.int32)
 
     def get(self, name, index):
         return self.arrays[name][index]

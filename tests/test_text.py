@@ -74,7 +74,7 @@ def test_foreign_files_are_refused(tmp_path, tokenizer):
     )
     with pytest.raises(UserError, match=r"reserved piece <\|pad\|> is missing"):
         load_tokenizer(tmp_path / "plain.model")
-    tokenizer.save(tmp_path / "ours.model")
+    tokenizer.save_model(tmp_path / "ours.model")
     assert load_tokenizer(tmp_path / "ours.model").fingerprint == tokenizer.fingerprint
 
 
@@ -96,11 +96,15 @@ def test_prompt_and_views(tokenizer):
     prompt = render_prompt(tokenizer, TURNS[:-1])
     assert whole[: len(prompt)] == prompt
     header, content = [tokenizer.bos_id, tokenizer.role_ids["user"]], tokenizer.encode(TURNS[1].content)
-    view, end, ids = render_view(tokenizer, "user", TURNS[1].content), tokenizer.end_of_turn_id, tokenizer.predictor_ids
-    assert view == [*header, *content]
+    view, size = render_view(tokenizer, "user", TURNS[1].content)
+    end, ids = tokenizer.end_of_turn_id, tokenizer.predictor_ids
+    assert view == [*header, *content] and size == 2
     parts = view_tokens(tokenizer, JepaConfig(num_predictors=2, view_end="turn"))
-    assert parts.predicting(view).tolist() == [*view, *ids[:2], end] and parts.predicted(view).tolist() == [*view, end]
+    assert parts.predicting(view, size).tolist() == [*view, *ids[:2], end] and parts.predicted(view).tolist() == [
+        *view,
+        end,
+    ]
     assert parts.branch.tolist() == [*ids[:2], end]
     parts = view_tokens(tokenizer, JepaConfig(num_predictors=2, placement="prepend", shared_predictor=True))
-    assert parts.predicting(view).tolist() == [*header, ids[0], ids[0], *content]
+    assert parts.predicting(view, size).tolist() == [*header, ids[0], ids[0], *content]
     assert not len(view_tokens(tokenizer, JepaConfig(num_predictors=0, view_end="turn")).branch)

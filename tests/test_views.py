@@ -55,7 +55,8 @@ def expected_views(config, tokenizer, direction, placement, predictors):
     expected = set()
     for record in (source[i] for i in range(len(source))):
         (pair,) = record.pairs("last")
-        text, code = render_view(tokenizer, "user", pair.text), render_view(tokenizer, "assistant", pair.code)
+        text = render_view(tokenizer, "user", pair.text).tokens
+        code = render_view(tokenizer, "assistant", pair.code).tokens
         first, second = (text, code) if direction == "text_to_code" else (code, text)
         first = [*first[:2], *ids, *first[2:]] if placement == "prepend" else [*first, *ids]
         first, second = ([*view, tokenizer.end_of_turn_id] for view in (first, second))

@@ -20,7 +20,7 @@ from llm_jepa_jax.from_json import load_json
 from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
 from llm_jepa_jax.parallel.sharding import parameter_shardings
 from llm_jepa_jax.schema import flatten, freeze_section, unflatten
-from llm_jepa_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llm_jepa_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, saved_tokenizer
 
 LOG = logging.getLogger("llm_jepa_jax")
 OWN_KEYS = ("max_positions", "init_std", "family")
@@ -52,7 +52,7 @@ def open_initial(config: Config) -> Initial | None:
     directory = local_directory(config.init.checkpoint)
     if is_published(directory):
         return Initial(directory, open_directory(directory))
-    for name in ("config.json", "tokenizer.model", "checkpoints"):
+    for name in ("config.json", "checkpoints"):
         if not (directory / name).exists():
             raise UserError(
                 f"config: `init.checkpoint`={directory} has no {name}; name the directory of a run or a published model"
@@ -89,16 +89,16 @@ def initial_tokenizer(config: Config, start: Initial) -> Tokenizer:
     Raises:
         UserError: an id of the run stands for something else, or a published model comes without a tokenizer.
     """
-    if isinstance(start.source, HfCheckpoint):
-        if not config.text.tokenizer:
-            raise UserError(
-                f"config: `init.checkpoint`={start.directory} needs `text.tokenizer`; name a tokenizer file"
-            )
-        return load_tokenizer(config.text.tokenizer)
-    saved = load_tokenizer(start.directory / "tokenizer.model")
+    saved = saved_tokenizer(start.directory)
+    if isinstance(start.source, HfCheckpoint) and has_tokenizer(start.directory):
+        saved = load_tokenizer(start.directory, config.text.chat_template)
+    if saved is None and config.text.tokenizer:
+        return load_tokenizer(config.text.tokenizer, config.text.chat_template)
+    if saved is None:
+        raise UserError(f"config: `init.checkpoint`={start.directory} has no tokenizer; name one with `text.tokenizer`")
     if not config.text.tokenizer:
         return saved
-    tokenizer = load_tokenizer(config.text.tokenizer)
+    tokenizer = load_tokenizer(config.text.tokenizer, config.text.chat_template)
     for index in range(saved.vocab_size):
         if index >= tokenizer.vocab_size or tokenizer.piece(index) != saved.piece(index):
             raise UserError(

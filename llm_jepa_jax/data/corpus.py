@@ -13,16 +13,17 @@ import numpy as np
 from llm_jepa_jax.data.cuts import Texts, sentence_bounds
 from llm_jepa_jax.data.records import Record
 from llm_jepa_jax.data.sources import Source
+from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.chat import Rendered, render, render_document, render_view
-from llm_jepa_jax.text.tokenizer import Tokenizer
+from llm_jepa_jax.text.interface import Tokenizer
 
-VERSION = "4"
+VERSION = "5"
 """Changes with the layout of the files or the rendering of a conversation."""
 RAGGED = ("conversation", "sentences", "text_view", "code_view")
 """Arrays of different length for each record or, views, for each pair."""
 ALIGNED = ("roles", "assistant_target")
 """Arrays with one value for every token of the conversations."""
-FIXED = ("contents", "text_places", "pair_offsets")
+FIXED = ("contents", "text_places", "view_headers", "pair_offsets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,11 @@ class TokenizedCorpus:
         return self._arrays["text_places"]
 
     @property
+    def view_headers(self) -> np.ndarray:
+        """int32 [Q, 2]: tokens before the content of each text view and of each code view."""
+        return self._arrays["view_headers"]
+
+    @property
     def texts(self) -> Texts:
         """The plain texts among the records."""
         return Texts(self._arrays["sentences"], self._arrays["sentences_offsets"])
@@ -91,7 +97,7 @@ def tokenize_source(source: Source, tokenizer: Tokenizer, cache_dir: pathlib.Pat
     """The tokenised records of `source` and their pairs under `data.pairs`, from the cache where it has them.
 
     Raises:
-        UserError: a record is wrong (with its `file:line`).
+        UserError: a record is wrong, or the chat template does not fit it (with its `file:line`).
     """
     key = f"{source.content_hash} {tokenizer.fingerprint} {pairs} {VERSION}"
     directory = cache_dir / "tokenized" / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -116,23 +122,31 @@ def _publish(part: pathlib.Path, directory: pathlib.Path) -> None:
 
 def _write(source: Source, tokenizer: Tokenizer, directory: pathlib.Path, which: str) -> None:
     values: dict[str, list[np.ndarray]] = {name: [] for name in (*RAGGED, *ALIGNED)}
-    contents, text_places, pair_offsets = [], [], [0]
+    contents, text_places, view_headers, pair_offsets = [], [], [], [0]
     for index in range(len(source)):
         record = source[index]
-        rendered, bounds = _render(tokenizer, record)
+        pairs = record.pairs(which)
+        try:
+            rendered, bounds = _render(tokenizer, record)
+            texts = [render_view(tokenizer, "user", pair.text) for pair in pairs]
+            codes = [render_view(tokenizer, "assistant", pair.code) for pair in pairs]
+        except UserError as error:
+            raise UserError(f"{source.location(index)}: {error}") from error
         values["conversation"].append(rendered.tokens)
         values["roles"].append(rendered.roles)
         values["assistant_target"].append(rendered.assistant_target)
         values["sentences"].append(np.array(bounds, np.int32))
         contents.append(rendered.contents[-2:].reshape(-1))
-        for pair in record.pairs(which):
-            first, last = rendered.contents[pair.turn] if pair.turn >= 0 else (-1, -1)
-            text_places.append((0 if first == 1 else first, last))
-            for name, role, content in (("text_view", "user", pair.text), ("code_view", "assistant", pair.code)):
-                values[name].append(np.array(render_view(tokenizer, role, content), np.int32))
+        for pair, text, code in zip(pairs, texts, codes, strict=True):
+            named = pair.turn >= 0
+            text_places.append((rendered.starts[pair.turn], rendered.contents[pair.turn][1]) if named else (-1, -1))
+            view_headers.append((text.header, code.header))
+            values["text_view"].append(np.array(text.tokens, np.int32))
+            values["code_view"].append(np.array(code.tokens, np.int32))
         pair_offsets.append(len(text_places))
     np.save(directory / "contents.npy", np.array(contents, np.int32))
     np.save(directory / "text_places.npy", np.array(text_places, np.int32).reshape(-1, 2))
+    np.save(directory / "view_headers.npy", np.array(view_headers, np.int32).reshape(-1, 2))
     np.save(directory / "pair_offsets.npy", np.array(pair_offsets, np.int64))
     for name, arrays in values.items():
         np.save(directory / f"{name}.npy", np.concatenate(arrays) if arrays else np.zeros(0, np.int32))

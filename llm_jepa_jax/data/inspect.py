@@ -38,26 +38,29 @@ def show_rows(data: TrainData, tokenizer: Tokenizer, num_rows: int, console: Con
         )
         shown = plan.rows(0, num_rows)
         rows = data.builder(shown, len(shown), kind.row)
+        plain = data.builder.is_text(shown.examples)
         for number in range(len(shown)):
             row = {name: array[number] for name, array in rows.items()}
-            _show_row(row, number, data.config.objective.jepa.source, tokenizer, console)
+            texts = plain[shown.offsets[number] : shown.offsets[number + 1]].tolist()
+            _show_row(row, number, texts, data.config.objective.jepa.source, tokenizer, console)
     console.print(
         f"packing: {s['examples']} examples in {s['rows_per_epoch']} rows an epoch, fill {s['fill']:.1%}, "
         f"{s['examples_per_row']:.1f} examples a row, {s['pairs']} pairs, {s['dropped']} records dropped"
     )
 
 
-def _show_row(row: Row, number: int, source: str, tokenizer: Tokenizer, console: Console) -> None:
+def _show_row(row: Row, number: int, plain: list[bool], source: str, tokenizer: Tokenizer, console: Console) -> None:
+    """`plain` says which of the row's examples are plain text."""
     length, segments = len(row["segments"]), row["segments"]
     used = int((segments > 0).sum())
     console.rule(f"row {number}: {int(row['num_examples'])} examples, {used} of {length} tokens")
     texts, codes, targets = _marks(row, source)
+    examples = iter(plain)
     for segment in range(1, int(segments.max(initial=0)) + 1):
         places = np.flatnonzero(segments == segment).tolist()
         ends = {place: texts.get(place, []) + codes.get(place, []) for place in places if place in texts | codes}
         if targets.intersection(places):
-            plain = row["tokens"][places[1]] not in tokenizer.role_ids.values()
-            view = "plain text" if plain else "conversation"
+            view = "plain text" if next(examples) else "conversation"
         else:  # views and the texts of `objective.stp.mode`=mask have no targets
             view = "text view" if texts.keys() & ends else "code view" if ends else "stp text"
         line = _line(row, f"{segment:3d} {view:<12}", places)

@@ -11,7 +11,7 @@ from llm_jepa_jax.data.corpus import TokenizedCorpus
 from llm_jepa_jax.data.packing import Plan
 from llm_jepa_jax.data.spans import masked_texts, span_points, span_weights
 from llm_jepa_jax.data.views import VIEWS, Costs
-from llm_jepa_jax.text.chat import DOCUMENT_HEADER, VIEW_HEADER, ViewTokens
+from llm_jepa_jax.text.chat import DOCUMENT_HEADER, ViewTokens
 
 Row = dict[str, np.ndarray]
 End = tuple[int, int]
@@ -24,8 +24,8 @@ class _Pair:
 
     tokens: dict[str, np.ndarray]
     """Of each view as a segment of its own, header and content."""
-    header: int
-    """Tokens before the content."""
+    headers: dict[str, int]
+    """Tokens before the content of each."""
     text_places: tuple[int, int]
     """First and last place of the text view inside the conversation."""
 
@@ -46,6 +46,10 @@ class RowBuilder:
             row = {name: array[number, ...] for name, array in rows.items()}  # views: writing fills the arrays
             self._fill(row, plan, slice(plan.offsets[number], plan.offsets[number + 1]))
         return rows
+
+    def is_text(self, examples: np.ndarray) -> np.ndarray:
+        """bool [n]: which examples are plain text."""
+        return self._corpus.texts.length_N[examples] > 0
 
     def _fill(self, row: Row, plan: Plan, members: slice) -> None:
         place = segment = target = pair = span = 0
@@ -75,11 +79,12 @@ class RowBuilder:
         if not cut_2x2.any():
             pair = int(self._corpus.pair_offsets[example]) + number
             tokens = {view: self._corpus.get(f"{view}_view", pair) for view in VIEWS}
-            return _Pair(tokens, VIEW_HEADER, tuple(self._corpus.text_places[pair].tolist()))
+            headers = dict(zip(VIEWS, self._corpus.view_headers[pair].tolist(), strict=True))
+            return _Pair(tokens, headers, tuple(self._corpus.text_places[pair].tolist()))
         text, (start, end) = self._corpus.get("conversation", example), cut_2x2[0].tolist()
         spans = [text[DOCUMENT_HEADER + first : DOCUMENT_HEADER + last] for first, last in cut_2x2.tolist()]
         tokens = {view: np.concatenate([text[:1], span]) for view, span in zip(VIEWS, spans, strict=True)}
-        return _Pair(tokens, DOCUMENT_HEADER, (start + 1 if start else 0, end))
+        return _Pair(tokens, dict.fromkeys(VIEWS, DOCUMENT_HEADER), (start + 1 if start else 0, end))
 
     def _put_pair(self, row: Row, pair: int, views: _Pair, start: int, end: End) -> End:
         """Lays a pair's views behind its conversation, which begins at `start`, and points to them.
@@ -93,8 +98,8 @@ class RowBuilder:
             if view == "text" and self._shared:
                 first, last = self._read_inside(row, pair, views.text_places, start, predicts)
             else:
-                tokens = views.tokens[view]
-                tokens = self._parts.predicting(tokens, views.header) if predicts else self._parts.predicted(tokens)
+                parts, tokens = self._parts, views.tokens[view]
+                tokens = parts.predicting(tokens, views.headers[view]) if predicts else parts.predicted(tokens)
                 first, end = end[0], _put(row, tokens, end)
                 last = end[0] - 1 - offset
             name = "predictor" if predicts else "code"
@@ -111,7 +116,8 @@ class RowBuilder:
         row["tokens"][slot : slot + len(branch)] = branch
         row["positions"][slot : slot + len(branch)] = places[1] + 1 + np.arange(len(branch))
         if not len(branch):
-            return first, text_end + len(self._parts.end) - offset
+            end = self._parts.end if predicts else self._parts.predicted_end
+            return first, text_end + len(end) - offset
         return first, slot + len(branch) - 1 - offset if offset < len(branch) else text_end + len(branch) - offset
 
     def _put_spans(self, row: Row, slots: slice, example: int, start: int, end: End, spans_Jx2: np.ndarray) -> End:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embeddings of views, in batches of few shapes."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,9 @@ def view_ids(
     """
     count = (config.num_predictors if view == config.source else 0) if num_predictors is None else num_predictors
     parts = view_tokens(tokenizer, config, count)
-    return [parts.predicting(render_view(tokenizer, VIEW_ROLES[view], content)) for content in contents]
+    if view != config.source:
+        parts = dataclasses.replace(parts, end=parts.predicted_end)
+    return [parts.predicting(*render_view(tokenizer, VIEW_ROLES[view], content)) for content in contents]
 
 
 def pad_right(sequences: Sequence[Sequence[int] | np.ndarray], rows: int) -> tuple[np.ndarray, np.ndarray]:

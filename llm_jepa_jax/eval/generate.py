@@ -62,7 +62,7 @@ class Generator:
         return answers
 
     def _cut(self, new_T: np.ndarray) -> tuple[list[int], bool]:
-        ends = np.flatnonzero(new_T == self.tokenizer.end_of_turn_id)
+        ends = np.flatnonzero(np.isin(new_T, self.tokenizer.stop_ids))
         return (new_T[: ends[0]] if len(ends) else new_T).tolist(), bool(len(ends))
 
     def _batch(self, params: Any, prompts: list[Sequence[int]], size: int) -> np.ndarray:
@@ -86,17 +86,15 @@ class Generator:
 
     @functools.cached_property
     def _forbidden_V(self) -> np.ndarray:
-        """bool [V]: reserved ids other than the end token, and rows of the embedding without a piece."""
-        tokenizer = self.tokenizer
-        allowed = [i for i in range(tokenizer.vocab_size) if not tokenizer.is_control(i)] + [tokenizer.end_of_turn_id]
-        forbidden_V = np.ones(self.model.vocab_size, np.bool_)
-        forbidden_V[allowed] = False
+        """bool [V]: ids that the tokenizer forbids, and rows of the embedding behind its last one."""
+        forbidden_V = np.arange(self.model.vocab_size) >= self.tokenizer.vocab_size
+        forbidden_V[list(self.tokenizer.forbidden_ids)] = True
         return forbidden_V
 
     def _generate(self, params: Any, tokens_BxS: jax.Array, first_slot_B: jax.Array, ended_B: jax.Array) -> jax.Array:
-        """New tokens [B, T]; after the end token, more end tokens."""
+        """New tokens [B, T]; after an end token, more end tokens."""
         size, width = tokens_BxS.shape
-        end = self.tokenizer.end_of_turn_id
+        end, stops = self.tokenizer.stop_ids[0], jnp.array(self.tokenizer.stop_ids, jnp.int32)
         head_DxV = head_kernel(params, self.model).astype(self.dtype)
 
         def choose(hidden_BxD: jax.Array, ended_B: jax.Array) -> jax.Array:
@@ -115,11 +113,11 @@ class Generator:
             )
             token_B = choose(hidden_BxD, ended_B)
             new_BxT = jax.lax.dynamic_update_slice(new_BxT, token_B[:, None], (0, step))
-            return step + 1, token_B, ended_B | (token_B == end), cache, new_BxT
+            return step + 1, token_B, ended_B | jnp.isin(token_B, stops), cache, new_BxT
 
         num_slots = width + self.max_new_tokens
         hidden_BxD, cache = prefill(params, self.model, tokens_BxS, first_slot_B, num_slots, dtype=self.dtype)
         token_B = choose(hidden_BxD, ended_B)
         new_BxT = jnp.full((size, self.max_new_tokens), end, jnp.int32).at[:, 0].set(token_B)
-        loop = (jnp.ones((), jnp.int32), token_B, ended_B | (token_B == end), cache, new_BxT)
+        loop = (jnp.ones((), jnp.int32), token_B, ended_B | jnp.isin(token_B, stops), cache, new_BxT)
         return jax.lax.while_loop(go_on, body, loop)[-1]

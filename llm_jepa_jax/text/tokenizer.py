@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SentencePiece tokenizers with reserved ids for chat roles and predictor tokens."""
+"""SentencePiece tokenizers with reserved ids for chat roles and predictor tokens, and finding any tokenizer."""
 
 import functools
 import hashlib
@@ -13,22 +13,26 @@ import sentencepiece
 
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.objective_config import NUM_RESERVED_PREDICTORS
+from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY, write_whole
+from llm_jepa_jax.text.interface import Message, Tokenizer, Turn, View
+from llm_jepa_jax.text.pretrained import load_pretrained
 
 PAD, UNKNOWN, BOS, END_OF_TURN = "<|pad|>", "<|unknown|>", "<|begin|>", "<|end_of_turn|>"
 ROLE_PIECES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
 PREDICTOR_PIECES = tuple(f"<|predictor_{i}|>" for i in range(1, NUM_RESERVED_PREDICTORS + 1))
 CONTROL_PIECES = (BOS, END_OF_TURN, *ROLE_PIECES.values(), *PREDICTOR_PIECES)
+MODEL_FILE = "tokenizer.model"
+"""Its name in a run's directory."""
 NUM_BYTES = 256
 MAX_SENTENCE_BYTES = 1 << 16
 SETTINGS_VERSION = "1"
 """Changes when training settings below do, so that cached tokenizers are trained anew."""
 
 
-class Tokenizer:
-    """An immutable SentencePiece model; pickles as its bytes.
+class ReservedTokenizer(Tokenizer):
+    """A SentencePiece model with pieces of ours: `<bos>`, then `<role> content <end-of-turn>` for every turn.
 
-    Text encodes without loss (unknown characters fall back to bytes, nothing is normalised), and control pieces never
-    come from text: a message that holds `<|user|>` stays a message.
+    Text encodes without loss: unknown characters fall back to bytes, and nothing is normalised.
     """
 
     def __init__(self, model: bytes, origin: str = "tokenizer"):
@@ -46,6 +50,7 @@ class Tokenizer:
         self.mask_id = self._processor.unk_id()
         """Stands for a token taken out; with byte fallback no text encodes to it."""
         self.predictor_ids = tuple(self._reserved(piece, origin) for piece in PREDICTOR_PIECES)
+        self.end_of_text_id, self.stop_ids, self.new_ids = self.end_of_turn_id, (self.end_of_turn_id,), ()
 
     def _reserved(self, piece: str, origin: str) -> int:
         index = self._processor.piece_to_id(piece)
@@ -57,7 +62,7 @@ class Tokenizer:
         return index
 
     def __reduce__(self) -> tuple[type, tuple[bytes]]:
-        return Tokenizer, (self._model,)
+        return ReservedTokenizer, (self._model,)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -66,16 +71,13 @@ class Tokenizer:
         return self._processor.encode(list(texts))
 
     def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids, and the character of `text` that each begins with."""
         found = self._processor.encode(text, out_type="offset_mapping")
         return found["ids"], [begin for begin, _ in found["offsets"]]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; control ids are left out, ids outside the vocabulary too."""
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size and not self.is_control(int(i))])
 
     def piece(self, index: int) -> str:
-        """How one id looks, for people."""
         return self._processor.id_to_piece(int(index)).replace("▁", " ")
 
     @functools.cached_property
@@ -84,29 +86,82 @@ class Tokenizer:
         return frozenset(i for i in range(size) if processor.is_control(i) or processor.is_unknown(i))
 
     def is_control(self, index: int) -> bool:
-        """Whether an id is reserved: never text."""
         return index in self._control
 
-    def save(self, path: pathlib.Path) -> None:
+    @property
+    def forbidden_ids(self) -> frozenset[int]:  # type: ignore[override]
+        return self._control - {self.end_of_turn_id}
+
+    def turns(self, messages: Sequence[Message]) -> tuple[list[int], list[Turn]]:
+        contents = self.encode_batch([message.content for message in messages])
+        tokens, turns = [self.bos_id], []
+        for message, content in zip(messages, contents, strict=True):
+            start, end = len(tokens), len(tokens) + 1 + len(content)
+            tokens += [self.role_ids[message.role], *content, self.end_of_turn_id]
+            target = (start + 1, end + 1) if message.role == "assistant" else (end, end)
+            turns.append(Turn(start, (start + 1, end), target))
+        return tokens, turns
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        return [*self.turns(messages)[0], self.role_ids["assistant"]]
+
+    def view(self, role: str, content: str) -> View:
+        return View([self.bos_id, self.role_ids[role], *self.encode(content)], 2)
+
+    def turn_end(self, role: str) -> int:
+        return self.end_of_turn_id
+
+    def save(self, directory: pathlib.Path) -> None:
+        self.save_model(directory / MODEL_FILE)
+
+    def save_model(self, path: pathlib.Path) -> None:
         """Writes the `.model` file whole or not at all."""
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(self._model)
-        part.replace(path)
+        write_whole(path, self._model)
 
 
-def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """Reads a `.model` file.
+def load_tokenizer(path: str | pathlib.Path, chat_template: str = "") -> Tokenizer:
+    """The tokenizer of a checkpoint's directory, of a `tokenizer.json`, or of a `.model` file with pieces of ours.
+
+    `chat_template` is a Jinja file, or `plain`, in place of the checkpoint's own template.
 
     Raises:
-        UserError: the file is missing, is not a SentencePiece model, or lacks a reserved piece.
+        UserError: nothing is there, files contradict each other, or a `.model` file lacks a reserved piece.
     """
+    place = pathlib.Path(path).expanduser()
+    if place.is_dir() or place.suffix == ".json":
+        return load_pretrained(place, chat_template)
+    if chat_template:
+        raise UserError(
+            f"config: `text.chat_template`={chat_template} beside `text.tokenizer`={path}: a .model file with reserved "
+            "pieces has its own chat format; leave the template out"
+        )
     try:
-        return Tokenizer(pathlib.Path(path).expanduser().read_bytes(), str(path))
+        return ReservedTokenizer(place.read_bytes(), str(path))
     except OSError as error:
-        raise UserError(f"text.tokenizer={path}: {error.strerror}; pass a SentencePiece .model file") from error
+        raise UserError(
+            f"text.tokenizer={path}: {error.strerror}; pass a checkpoint's directory, its tokenizer.json, or a "
+            "SentencePiece .model file"
+        ) from error
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def has_tokenizer(directory: pathlib.Path) -> bool:
+    """Whether the directory of a published model holds a tokenizer."""
+    return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def saved_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer that a run's directory holds, if it holds one.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    for name in (MODEL_FILE, CHECKPOINT_DIRECTORY):
+        if (directory / name).exists():
+            return load_tokenizer(directory / name)
+    return None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> ReservedTokenizer:
     """Trains byte-fallback BPE on `texts`; same texts and size give the same bytes.
 
     Raises:
@@ -147,7 +202,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         largest = re.search(r"<= (\d+)", str(error))
         fix = f"use at most {largest[1]}" if largest else "use a smaller one or more text"
         raise UserError(f"config: `text.vocab_size`={vocab_size} is too large for this text; {fix}") from error
-    return Tokenizer(model.getvalue())
+    return ReservedTokenizer(model.getvalue())
 
 
 def _sentences(texts: Iterable[str], wrong: list[UserError]) -> Iterator[str]:
@@ -177,5 +232,5 @@ def cached_tokenizer(
         return load_tokenizer(path)
     tokenizer = train_tokenizer(texts(), vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path)
+    tokenizer.save_model(path)
     return tokenizer

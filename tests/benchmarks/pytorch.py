@@ -136,8 +136,8 @@ def token_records(source: JsonlSource, tokenizer: Tokenizer) -> list[tuple[list[
     for i in range(len(source)):
         record = source[i]
         (pair,) = record.pairs("last")
-        text = [*render_view(tokenizer, "user", pair.text), tokenizer.predictor_ids[0]]
-        code = render_view(tokenizer, "assistant", pair.code)
+        text = [*render_view(tokenizer, "user", pair.text).tokens, tokenizer.predictor_ids[0]]
+        code = render_view(tokenizer, "assistant", pair.code).tokens
         out.append((render(tokenizer, record.messages).tokens.tolist(), text, code))
     return out
 
