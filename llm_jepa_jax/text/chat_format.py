@@ -25,8 +25,9 @@ class ChatFormat:
         self.tails = {"user": one.text[one.contents[0][1] :], "assistant": two.text[two.contents[1][1] :]}
         """By role, what comes behind the content of a turn that is the last one."""
         first = one.text[: one.contents[0][0]]
-        later = self._behind_tail(four, 1)
-        self.headers = {"user": self._common_end(first, later), "assistant": self._behind_tail(two, 0)}
+        # A default system block ends as a turn does, and so may the answer before a later question.
+        header = self._common_end(first, self._behind_tail(four, 1)).removeprefix(self.tails["user"])
+        self.headers = {"user": header, "assistant": self._behind_tail(two, 0)}
         """By role, what comes before the content inside a conversation."""
         self.bos = bos_token if bos_token and first.startswith(bos_token) else ""
         self._before_first = first.removesuffix(self.headers["user"]) if self.headers["user"] else self.bos

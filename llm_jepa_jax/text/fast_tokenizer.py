@@ -155,7 +155,7 @@ def _respell(value: dict[str, Any], ids: dict[str, int]) -> None:
     added, model = value["added_tokens"], value["model"]
     for token in added:
         if token["content"] in ids:
-            token |= {"content": spelling(token["id"]), "special": True, "normalized": False}
+            token |= {"content": spelling(token["id"]), "special": True}
     listed = {token["id"] for token in added}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added += [{"id": i, "content": spelling(i), **flags} for i in sorted(ids.values()) if i not in listed]
