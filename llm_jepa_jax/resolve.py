@@ -201,7 +201,7 @@ def with_vocabulary(config: Config, tokenizer_size: int, tensor: int, initial_si
             f"is below the tokenizer's {tokenizer_size} pieces; use {tokenizer_size} or more, or 0",
         )
     if size % tensor:
-        key = "model.vocab_size" if config.model.vocab_size else "text.vocab_size"
+        key = "model.vocab_size" if config.model.vocab_size or config.text.tokenizer else "text.vocab_size"
         _fail(key, size, f"does not divide over `mesh.tensor`={tensor}; use {-(-size // tensor) * tensor}")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 

@@ -418,3 +418,43 @@ def test_a_run_with_a_checkpoints_tokenizer(families, tmp_path, capsys, name="ge
     lm = llm_jepa_jax.load(tmp_path / "run")
     assert lm.encode(["a word"]).shape == (1, 32) and lm.run.config.model.vocab_size == lm.tokenizer.vocab_size
     assert len(lm.generate(["a word"], system="be brief")) == 1
+
+
+FORMATS = {
+    "a thought that only prompts open": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}{% else %}"
+        "{{ '<|im_end|>' + m.content + '<|endoftext|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_end|><think>\n' }}{% endif %}",
+        ("<|im_start|>", "<|im_end|>"), ("", "<|endoftext|>"), True,
+    ),
+    "an end of text behind the last turn": (
+        "{% for m in messages %}{{ '<|' + {'user': 'im_start', 'assistant': 'endoftext'}[m.role] + '|>\n' + m.content "
+        "+ '<|im_end|>\n' }}{% endfor %}{{ '<|endoftext|>\n' if add_generation_prompt else '<|im_end|>' }}",
+        ("<|im_start|>\n", "<|endoftext|>\n"), ("<|im_end|>\n<|im_end|>", "<|im_end|>\n<|im_end|>"), False,
+    ),
+    "a block for each part of an answer": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ ': ' + m.content }}{% endgeneration %}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ ': ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{{ '<|im_start|>assistant:' if add_generation_prompt }}",
+        ("<|im_start|>user: ", "<|im_start|>assistant: "), ("<|im_end|>", "<|im_end|>"), False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_learnt_from_the_template(families, tmp_path, caplog, name):
+    template, headers, tails, warns = FORMATS[name]
+    (tmp_path / "template.jinja").write_text(template)
+    tokenizer = load_tokenizer(families["qwen3"], str(tmp_path / "template.jinja"))
+    found = tokenizer.chat
+    assert (found.headers["user"], found.headers["assistant"]) == headers
+    assert (found.tails["user"], found.tails["assistant"]) == tails
+    assert ("prompts here end as conversations do" in caplog.text) == warns
+    whole = render(tokenizer, TURNS[1:3])
+    prompt = render_prompt(tokenizer, TURNS[1:2])
+    assert whole.tokens[: len(prompt)].tolist() == prompt
+    targets = shown(tokenizer, whole.tokens[whole.assistant_target])
+    assert targets.removeprefix(": ") == f".*[0-9].*{tails[1].split(chr(10))[0]}"
+    tokenizer.save(tmp_path)
+    assert saved_tokenizer(tmp_path).chat.headers == found.headers

@@ -76,6 +76,10 @@ def test_foreign_files_are_refused(tmp_path, tokenizer):
         load_tokenizer(tmp_path / "plain.model")
     tokenizer.save_model(tmp_path / "ours.model")
     assert load_tokenizer(tmp_path / "ours.model").fingerprint == tokenizer.fingerprint
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint, "a directory that holds one of ours"
+    with pytest.raises(UserError, match="`text.chat_template`=plain beside `text.tokenizer`=.* its own chat format"):
+        load_tokenizer(tmp_path, "plain")
 
 
 def test_rendering_marks_roles_and_targets(tokenizer):

@@ -47,7 +47,7 @@ class Laid:
     contents: tuple[Span, ...]
     """Characters of each message's content, as far as the template keeps it."""
     generation: tuple[Span, ...]
-    """Characters of each `{% generation %}` block."""
+    """Characters of each `{% generation %}` block; blocks side by side are one."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -169,6 +169,8 @@ class ChatTemplate:
             if None in ends:
                 self._refuse_turn(messages, i, "not as a whole")
             spans.append((ends[0], ends[1]))
+        inner = [place for place, again in zip(blocks[1:-1:2], blocks[2::2], strict=True) if place == again]
+        blocks = [place for place in blocks if place not in inner]
         return text, spans, list(zip(blocks[::2], blocks[1::2], strict=True))
 
     def _refuse_turn(self, messages: Sequence[Message], number: int, how: str) -> NoReturn:

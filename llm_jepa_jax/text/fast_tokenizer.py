@@ -82,7 +82,8 @@ class FastTokenizer:
         self._ids = {piece: vocabulary[piece] for piece in control}
         # The longest first, as they are found.
         ordered = sorted(control, key=lambda piece: (-len(piece), piece))
-        self._control = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self.control = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        """Finds them in text."""
         _respell(value, self._ids)
         # Nothing is added to a text, cut off or padded; offsets are those of the text, spaces included.
         value |= {"post_processor": None, "truncation": None, "padding": None}
@@ -105,7 +106,7 @@ class FastTokenizer:
         """
         parts, place, longer = [], 0, np.zeros(len(text) + 1, np.int64)
         for start, end in [*sorted(contents), (len(text), len(text))]:
-            for match in self._control.finditer(text, place, start):
+            for match in self.control.finditer(text, place, start):
                 parts += [text[place : match.start()], spelling(self._ids[match[0]])]
                 place = match.end()
                 longer[place] += len(parts[-1]) - len(match[0])
@@ -154,7 +155,7 @@ def _respell(value: dict[str, Any], ids: dict[str, int]) -> None:
     added, model = value["added_tokens"], value["model"]
     for token in added:
         if token["content"] in ids:
-            token |= {"content": spelling(token["id"]), "special": True, "normalized": False}
+            token |= {"content": spelling(token["id"]), "special": True}
     listed = {token["id"] for token in added}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added += [{"id": i, "content": spelling(i), **flags} for i in sorted(ids.values()) if i not in listed]

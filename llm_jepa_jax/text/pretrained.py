@@ -53,7 +53,7 @@ class PretrainedTokenizer(Tokenizer):
         self._fast = FastTokenizer(value, vocabulary, control, files.origin)
         self.fingerprint = hashlib.sha256(f"{VERSION} {files.fingerprint} {self.allocation}".encode()).hexdigest()
         chat = ChatTemplate(template, files.origin, names) if template else None
-        self._format = ChatFormat(chat, names.get("bos_token", "")) if chat else None
+        self._format = ChatFormat(chat, names.get("bos_token", ""), self._fast.control) if chat else None
         self.stop_ids = ends.stop_ids
         self._prefix = [ends.bos_id] if begins_texts else []
         if self._format:

@@ -13,7 +13,7 @@ import sentencepiece
 
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.objective_config import NUM_RESERVED_PREDICTORS
-from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY, write_whole
+from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY, TOKENIZER, write_whole
 from llm_jepa_jax.text.interface import Message, Tokenizer, Turn, View
 from llm_jepa_jax.text.pretrained import load_pretrained
 
@@ -57,7 +57,8 @@ class ReservedTokenizer(Tokenizer):
         if self._processor.id_to_piece(index) != piece:
             raise UserError(
                 f"{origin}: the reserved piece {piece} is missing; train with control_symbols="
-                f"{','.join(CONTROL_PIECES)} and pad_piece={PAD}, or leave text.tokenizer empty to train one here"
+                f"{','.join(CONTROL_PIECES)} and pad_piece={PAD}, leave text.tokenizer empty to train one here, or "
+                "name a checkpoint's directory to use its own"
             )
         return index
 
@@ -128,6 +129,8 @@ def load_tokenizer(path: str | pathlib.Path, chat_template: str = "") -> Tokeniz
         UserError: nothing is there, files contradict each other, or a `.model` file lacks a reserved piece.
     """
     place = pathlib.Path(path).expanduser()
+    if _holds_ours(place):
+        place /= MODEL_FILE
     if place.is_dir() or place.suffix == ".json":
         return load_pretrained(place, chat_template)
     if chat_template:
@@ -147,6 +150,12 @@ def load_tokenizer(path: str | pathlib.Path, chat_template: str = "") -> Tokeniz
 def has_tokenizer(directory: pathlib.Path) -> bool:
     """Whether the directory of a published model holds a tokenizer."""
     return any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _holds_ours(place: pathlib.Path) -> bool:
+    """Whether a directory's tokenizer is a `.model` file with pieces of ours."""
+    model = place / MODEL_FILE
+    return model.is_file() and not (place / TOKENIZER).exists() and PREDICTOR_PIECES[0].encode() in model.read_bytes()
 
 
 def saved_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
