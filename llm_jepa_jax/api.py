@@ -86,7 +86,7 @@ class LanguageModel:
         views = {role: view for view, role in VIEW_ROLES.items()}
         if role not in views:
             raise UserError(f"role={role!r}; use 'user' (text view) or 'assistant' (code view)")
-        most = len(self.tokenizer.predictor_ids)
+        most = sum(index < run.config.model.vocab_size for index in self.tokenizer.predictor_ids)
         if num_predictors is not None and not 0 <= num_predictors <= most:
             raise UserError(f"num_predictors={num_predictors}; use 0 to {most}")
         ids = view_ids(self.tokenizer, run.config.objective.jepa, views[role], texts, num_predictors)

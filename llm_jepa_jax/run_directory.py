@@ -20,6 +20,7 @@ from llm_jepa_jax.config import Config, DataConfig, InitConfig, MeshConfig, Trai
 from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
+from llm_jepa_jax.objective_config import JepaConfig, ObjectiveConfig
 from llm_jepa_jax.objectives.parameters import abstract_parameters
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import parameter_shardings
@@ -161,7 +162,10 @@ def open_published(directory: pathlib.Path) -> Run:
     """
     checkpoint = open_directory(directory)
     mesh = make_mesh(MeshConfig(fsdp=math.gcd(checkpoint.model.embed_dim, jax.device_count())))
+    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    known = tokenizer is not None and tokenizer.predictor_ids[0] < checkpoint.model.vocab_size
     config = Config(
+        objective=ObjectiveConfig(jepa=JepaConfig(num_predictors=int(known))),
         data=DataConfig(rows_per_step=mesh.size),
         init=InitConfig(checkpoint=str(directory.absolute())),
         model=checkpoint.model,
@@ -169,7 +173,6 @@ def open_published(directory: pathlib.Path) -> Run:
     )
     config = resolve(config, mesh.devices.shape)
     params = read_parameters(checkpoint, mesh, checkpoint.dtype, checkpoint.model.vocab_size)
-    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     return Run(config, mesh, tokenizer, 0, params, "")
 
 

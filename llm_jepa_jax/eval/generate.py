@@ -88,7 +88,7 @@ class Generator:
     def _forbidden_V(self) -> np.ndarray:
         """bool [V]: ids that the tokenizer forbids, and rows of the embedding behind its last one."""
         forbidden_V = np.arange(self.model.vocab_size) >= self.tokenizer.vocab_size
-        forbidden_V[list(self.tokenizer.forbidden_ids)] = True
+        forbidden_V[[i for i in self.tokenizer.forbidden_ids if i < len(forbidden_V)]] = True
         return forbidden_V
 
     def _generate(self, params: Any, tokens_BxS: jax.Array, first_slot_B: jax.Array, ended_B: jax.Array) -> jax.Array:
