@@ -178,6 +178,7 @@ def open_published(directory: pathlib.Path) -> Run:
 
 def export_run(run: Run, directory: pathlib.Path, settings: ExportSettings) -> int:
     """Writes a run's model as a published one; see `hf_export.export`."""
-    settings = dataclasses.replace(settings, source=run.published)
+    files = run.tokenizer.published_files() if run.tokenizer else {}
+    settings = dataclasses.replace(settings, source=run.published, tokenizer_files=files)
     params = {name: value for name, value in run.params.items() if name != "predictors"}
     return export(params, run.config.model, run.mesh, directory, settings)

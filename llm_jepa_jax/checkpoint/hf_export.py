@@ -39,6 +39,8 @@ class ExportSettings:
     """Rows of the vocabulary to keep, from the first; 0: all."""
     source: pathlib.Path | None = None
     """The published directory that the model comes from, whose token ids and generation settings are kept."""
+    tokenizer_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    """By name, written as they are."""
 
 
 def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path, settings: ExportSettings) -> int:
@@ -63,6 +65,8 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path
     if jax.process_index() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
+        for name, data in settings.tokenizer_files.items():
+            (part / name).write_bytes(data)
         _write_configs(part, family.write(config), dtype.name, settings.source)
     _write_weights(params, wanted, mesh, part, files, dtype)
     if jax.process_index() == 0:

@@ -61,6 +61,10 @@ class Tokenizer(abc.ABC):
     """Ids that generation never chooses."""
 
     @abc.abstractmethod
+    def published_files(self) -> dict[str, bytes]:
+        """By name, the files that belong beside a published model's weights."""
+
+    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, nothing added."""
 

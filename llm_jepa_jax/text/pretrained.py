@@ -14,6 +14,8 @@ from llm_jepa_jax.text.chat_format import ANSWER, QUESTION, ChatFormat
 from llm_jepa_jax.text.chat_template import PLAIN, ChatTemplate, Laid, Span
 from llm_jepa_jax.text.checkpoint_files import (
     CHECKPOINT_DIRECTORY,
+    GENERATION,
+    MODEL_CONFIG,
     RECORD,
     TEMPLATE,
     CheckpointFiles,
@@ -216,6 +218,10 @@ class PretrainedTokenizer(Tokenizer):
                 f"{role} turns, which begins with no control token; use view_end=content"
             )
         return ids[stop]
+
+    def published_files(self) -> dict[str, bytes]:
+        kept = {name: data for name, data in self.files.contents.items() if name not in (GENERATION, MODEL_CONFIG)}
+        return kept | {RECORD: self.allocation.record()}
 
     def save(self, directory: pathlib.Path) -> None:
         target = directory / CHECKPOINT_DIRECTORY

@@ -112,6 +112,9 @@ class ReservedTokenizer(Tokenizer):
     def turn_end(self, role: str) -> int:
         return self.end_of_turn_id
 
+    def published_files(self) -> dict[str, bytes]:
+        return {MODEL_FILE: self._model}
+
     def save(self, directory: pathlib.Path) -> None:
         self.save_model(directory / MODEL_FILE)
 
