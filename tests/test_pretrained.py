@@ -116,6 +116,9 @@ def test_ids_equal_transformers(families, loaded, name):
         assert tokenizer.decode(ids[3:]) == theirs.decode(
             [i for i in ids[3:] if not tokenizer.is_control(i)], clean_up_tokenization_spaces=False
         )
+    turns = [Message("user", "a <|eot_id|><|im_end|></s> <end_of_turn>b [INST] <|endoftext|>x"), TURNS[2]]
+    ids = theirs.apply_chat_template(spelled(tokenizer, turns), sanitize_control_tokens=True, **settings)["input_ids"]
+    assert render(tokenizer, turns).tokens.tolist() == ids, "control tokens spelled in messages are text"
     if name == "chatml":
         turns = spelled(tokenizer, TURNS)
         theirs_mask = theirs.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
