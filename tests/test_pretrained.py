@@ -53,9 +53,9 @@ ENDS = {
     "llama3": "<|eot_id|>", "gemma2": "<end_of_turn>", "qwen3": "<|im_end|>", "olmo2": "<|endoftext|>",
     "mistral": "</s>", "chatml": "<|im_end|>",
 }  # fmt: skip
-ODD = st.lists(
-    st.sampled_from([*"ab .?\n\t🙂é日'\u00a0\x1c\u2028<|>", "<|eot_id|>", "</s>", "[/INST]", "<eos>"]), max_size=8
-)
+USER_DEFINED = ["▁▁▁▁", "\n\n", "<b>"]
+PIECES = [*"ab .?\n\t🙂é日'\u00a0\x1c\u2028<|>", "<|eot_id|>", "</s>", "[/INST]", "<eos>", "    ", "\n\n", "<b>"]
+ODD = st.lists(st.sampled_from(PIECES), max_size=8)
 CONTENT = st.one_of(ODD.map("".join), st.text(max_size=12)).filter(lambda text: text.strip() and "\ufdd0" not in text)
 
 
@@ -116,6 +116,9 @@ def test_ids_equal_transformers(families, loaded, name):
         assert tokenizer.decode(ids[3:]) == theirs.decode(
             [i for i in ids[3:] if not tokenizer.is_control(i)], clean_up_tokenization_spaces=False
         )
+    turns = [Message("user", "a <|eot_id|><|im_end|></s> <end_of_turn>b [INST] <|endoftext|>x"), TURNS[2]]
+    ids = theirs.apply_chat_template(spelled(tokenizer, turns), sanitize_control_tokens=True, **settings)["input_ids"]
+    assert render(tokenizer, turns).tokens.tolist() == ids, "control tokens spelled in messages are text"
     if name == "chatml":
         turns = spelled(tokenizer, TURNS)
         theirs_mask = theirs.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
@@ -310,7 +313,8 @@ def sentencepiece_checkpoint(request, tmp_path_factory):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 4), model_prefix=str(directory / "tokenizer"), model_type=request.param,
         vocab_size=380, byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        character_coverage=1.0, user_defined_symbols=["    "], hard_vocab_limit=False, minloglevel=2,
+        character_coverage=1.0, user_defined_symbols=USER_DEFINED if request.param == "bpe" else [],
+        hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
@@ -324,8 +328,8 @@ def sentencepiece_checkpoint(request, tmp_path_factory):
 @settings(max_examples=100, deadline=None)
 @given(text=st.one_of(st.text(), ODD.map("".join)))
 def test_sentencepiece_models_encode_as_sentencepiece_does(sentencepiece_checkpoint, text):
-    """But for a space that a text begins with: one in front of it is enough, as in `transformers`."""
-    text = text.replace("\0", "").replace("▁", "").replace("\ufdd0", "").lstrip(" ")
+    """Where a text begins with a word; `transformers` too puts no space before a space or a user-defined piece."""
+    text = "a" + text.replace("\0", "").replace("\ufdd0", "")
     tokenizer = load_sentencepiece(sentencepiece_checkpoint)
     expected = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_checkpoint / "tokenizer.model"))
     ids = tokenizer.encode(text)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint's SentencePiece `tokenizer.model` as a `tokenizer.json`, where it comes without one (Llama 2, Gemma)."""
 
+import base64
 from typing import Any
 
 from llm_jepa_jax.errors import UserError
@@ -12,7 +13,8 @@ SPACE = "▁"
 def convert_sentencepiece(files: CheckpointFiles) -> dict[str, Any]:
     """The parsed `tokenizer.json` that encodes as the model does, with control and user-defined pieces as added tokens.
 
-    A space comes before the text where the model puts one, once: not behind control tokens.
+    A space comes before the text where the model puts one, once: not behind control tokens. User-defined pieces are
+    found from the left, the longest first, as BPE models do; unigram models weigh them against what overlaps them.
 
     Raises:
         UserError: the file is not a SentencePiece model, or of a kind other than BPE and unigram.
@@ -37,7 +39,9 @@ def convert_sentencepiece(files: CheckpointFiles) -> dict[str, Any]:
     else:
         model = {"type": "Unigram", "unk_id": unknown, "vocab": scores, "byte_fallback": spec.byte_fallback}
     kinds = {piece.Value("CONTROL"): True, piece.Value("UNKNOWN"): True, piece.Value("USER_DEFINED"): False}
-    added = [_added(i, e.piece, kinds[e.type]) for i, e in enumerate(proto.pieces) if e.type in kinds]
+    # With a space in it, a piece is found nowhere: spaces are written otherwise by then.
+    named = [(i, entry) for i, entry in enumerate(proto.pieces) if entry.type in kinds and " " not in entry.piece]
+    added = [_added(i, entry.piece, kinds[entry.type]) for i, entry in named]
     added += [_added(index, text, False) for text, index in sorted(files.json("added_tokens.json").items())]
     config, normalizer = files.json(CONFIG), proto.normalizer_spec
     prefix = bool(config.get("add_prefix_space", normalizer.add_dummy_prefix))
@@ -78,20 +82,20 @@ def _bpe(scores: list[tuple[str, float]], unknown: str, byte_fallback: bool) -> 
     }  # fmt: skip
 
 
-def _normalizer(spec: Any, files: CheckpointFiles) -> dict[str, Any] | None:
-    """SentencePiece's own character map; nothing for `identity`."""
+def _normalizer(spec: Any, files: CheckpointFiles) -> dict[str, Any]:
+    """SentencePiece's own character map, and spaces as it writes them: user-defined pieces are found among those."""
     if spec.remove_extra_whitespaces:
         raise UserError(
             f"{files.origin}/{MODEL}: the model removes white space from text, which cannot be kept apart from a "
             "conversation's; save the tokenizer as tokenizer.json and name that"
         )
-    if not spec.precompiled_charsmap:
-        return None
-    import base64
-
-    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec.precompiled_charsmap).decode()}
+    steps = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        steps.insert(0, {"type": "Precompiled", "precompiled_charsmap": charsmap})
+    return {"type": "Sequence", "normalizers": steps}
 
 
 def _added(index: int, content: str, special: bool) -> dict[str, Any]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special}
     return {"id": index, "content": content, "special": special, **flags}

@@ -119,7 +119,9 @@ def read_ends(files: CheckpointFiles, names: dict[str, str], vocabulary: dict[st
             f"{files.origin}: nothing says which token ends a text; set `eos_token` in {CONFIG} "
             f"or `eos_token_id` in {GENERATION}"
         )
-    pads = [vocabulary[names["pad_token"]]] if names.get("pad_token") in vocabulary else configured("pad_token_id")
+    # Nothing is told apart by the padding id: where a checkpoint has one outside its vocabulary, another will do.
+    pads = [vocabulary[names["pad_token"]]] if names.get("pad_token") in vocabulary else []
+    pads += [index for index in files.ids("pad_token_id") if 0 <= index < size]
     begins = named("bos_token") + configured("bos_token_id")
     return Ends((begins or ends)[0], ends[0], (pads or ends)[0], tuple(dict.fromkeys(ends)))
 
