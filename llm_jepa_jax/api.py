@@ -64,7 +64,8 @@ class LanguageModel:
         """Next-token logits of each sequence: float32 [length, V] each; errors as in `hidden`."""
         head_DxV = np.asarray(head_kernel(self.run.params, self.run.config.model).astype(jnp.float32))
         cap = self.run.config.model.logit_soft_cap
-        logits = [hidden_LxD @ head_DxV for hidden_LxD in self.hidden(ids)]
+        bias_V = np.asarray(self.run.params.get("head_bias", 0.0), np.float32)
+        logits = [hidden_LxD @ head_DxV + bias_V for hidden_LxD in self.hidden(ids)]
         return [cap * np.tanh(logits_LxV / cap) for logits_LxV in logits] if cap else logits
 
     def _check(self, ids: Sequence[Sequence[int]]) -> None:

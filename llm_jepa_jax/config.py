@@ -158,6 +158,7 @@ class ModelConfig:
     attention_soft_cap: float = key(0.0, "attention scores become cap · tanh(scores / cap); 0: off")
     scale_embeddings: bool = key(False, "embeddings are multiplied by the square root of `model.embed_dim`")
     tie_embeddings: bool = key(True, "the head is the transposed embedding")
+    head_bias: bool = key(False, "logits have biases")
     logit_soft_cap: float = key(0.0, "logits become cap · tanh(logits / cap); 0: off")
     init_std: float = key(0.02, "standard deviation of the initial weights")
     family: str = key("", "the `model_type` that an export writes; empty: the first family that can say this model")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What presets share: the Llama 3 family's settings, and `:smoke`, which every preset takes."""
+"""What presets share: the settings of training and of families, and `:smoke`, which every preset takes."""
 
 import ml_collections
 
@@ -18,14 +18,13 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
     return smoke(config) if arg else config
 
 
-def llama3() -> ml_collections.ConfigDict:
-    """What Llama 3.1 and 3.2 models share, and how LLM-JEPA is trained on them; a preset adds the shape.
+def finetuning() -> ml_collections.ConfigDict:
+    """How LLM-JEPA is trained on published models; a preset adds the model.
 
     λ, k and the learning rate are the published fine-tuning setting; with loss dropout α, λ · (1 − α) is kept at 1.
     """
     config = base_config()
     config.text.vocab_size = 32768
-    config.model.update(vocab_size=128256, max_positions=131072, rope_theta=500000.0, norm_eps=1e-5)
     config.data.update(row_length=8192, rows_per_step=256)
     config.objective.ntp.targets = "all"
     config.objective.jepa.update(weight=4.0, num_predictors=1, dropout=0.75)
@@ -33,6 +32,24 @@ def llama3() -> ml_collections.ConfigDict:
     config.opt.update(learning_rate=2e-5, warmup_steps=100, weight_decay=0.1)
     config.train.update(dtype="bfloat16", remat="full")
     config.eval.update(max_new_tokens=512, batch_size=128)
+    return config
+
+
+def llama3() -> ml_collections.ConfigDict:
+    """What Llama 3.1, 3.2 and 3.3 models share; a preset adds the shape."""
+    config = finetuning()
+    config.model.update(vocab_size=128256, max_positions=131072, rope_theta=500000.0, norm_eps=1e-5)
+    return config
+
+
+def olmo2() -> ml_collections.ConfigDict:
+    """What OLMo 2 models share; a preset adds the shape."""
+    config = finetuning()
+    config.model.update(
+        vocab_size=100352, max_positions=4096, rope_theta=500000.0, norm_placement="post", norm_eps=1e-6,
+        qk_norm="full", tie_embeddings=False, family="olmo2",
+    )  # fmt: skip
+    config.data.row_length = 4096
     return config
 
 
@@ -46,6 +63,10 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         vocab_size=0, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128,
         max_positions=1024,
     )  # fmt: skip
+    if config.model.score_width:
+        config.model.score_width = 16.0
+    if config.model.window:
+        config.model.window = 64
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.opt.warmup_steps = 1
     config.train.num_steps, config.train.num_epochs = 4, 0

@@ -37,6 +37,8 @@ CASES = {
             },
         },
     ),
+    "phi": ("Phi", {"num_attention_heads": 3, "num_key_value_heads": 3, "partial_rotary_factor": 0.5}),
+    "phi-grouped-tied": ("Phi", {"head_dim": 20, "partial_rotary_factor": 0.4, "tie_word_embeddings": True}),
     "gemma3-untied": ("Gemma3Text", GEMMA | {"tie_word_embeddings": False, "num_hidden_layers": 2}),
 }  # fmt: skip
 """Name to the family's class and what it changes: heads in groups of 3, widths that are not D / H, windows of 24."""

@@ -108,3 +108,23 @@ def test_the_largest_array_is_a_chunk_of_logits_and_the_heads_gradient_is_summed
     for body in bodies:
         inside = re.search(rf"^%?{re.escape(body)} .*?^}}", text, re.M | re.S)[0]
         assert not re.search(rf"f32\[{WIDTH},{VOCABULARY}\][^=]*(all-reduce|reduce-scatter)\(", inside)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_bias_is_added_to_logits_and_has_its_gradient(mesh):
+    """As one more row of the head, that meets a 1 at the end of every hidden state."""
+    arrays, settings = case(), HeadSettings(5, 1e-2, 3.0)
+    bias = jax.random.normal(jax.random.key(0), (VOCABULARY,))
+
+    def by_rows(hidden, head, bias):
+        wide = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
+        return plain(wide, jnp.concatenate([head, bias[None]]), *arrays[2:], settings)
+
+    expected, expected_grads = jax.value_and_grad(by_rows, (0, 1, 2))(*arrays[:2], bias)
+    devices = jax.devices() if len(mesh) > 1 else jax.devices()[:1]
+    with jax.set_mesh(make_mesh(MeshConfig(**mesh), devices)):
+        ours = jax.jit(jax.value_and_grad(lambda h, w, b: cross_entropy(h, w, *arrays[2:], settings, b), (0, 1, 2)))
+        value, grads = ours(*arrays[:2], bias)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for grad, other in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, other, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ import pytest
 
 from llm_jepa_jax.config import ModelConfig, RopeScalingConfig, freeze
 from llm_jepa_jax.models.attention import xla
+from llm_jepa_jax.models.families.registry import family_of
 from llm_jepa_jax.models.ops import linear, rotary_frequencies
 from llm_jepa_jax.models.transformer import (
     abstract_params,
@@ -182,7 +183,19 @@ def test_half_precision_stays_near_and_parameters_stay_wide():
 
 @pytest.mark.parametrize(
     ("preset", "published"),
-    [("llama1b", 1_235_814_400), ("llama3b", 3_212_749_824), ("llama8b", 8_030_261_248), ("llama70b", 70_553_706_496)],
+    [
+        ("llama1b", 1_235_814_400),
+        ("llama3b", 3_212_749_824),
+        ("llama8b", 8_030_261_248),
+        ("llama70b", 70_553_706_496),
+        ("llama405b", 405_853_388_800),
+        ("gemma2_2b", 2_614_341_888),
+        ("olmo2_1b", 1_484_916_736),
+        ("olmo2_7b", 7_298_617_344),
+        ("qwen3_1_7b", 1_720_574_976),
+        ("r1_distill_qwen_1_5b", 1_777_088_000),
+        ("phi1_5", 1_418_270_720),
+    ],  # fmt: skip
 )
 def test_presets_have_the_published_parameter_counts(repository, preset, published):
     spec = importlib.util.spec_from_file_location(preset, repository / "configs" / f"{preset}.py")
@@ -243,3 +256,15 @@ def test_reference_hidden_states_and_logits(shared_dir):
     logits = hidden[0] @ np.asarray(head_kernel(params, config))
     expected = golden["synth/logits_row0"]
     assert np.abs(logits - expected)[used[0]].max() / np.abs(expected[used[0]]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "preset", ["gemma2_2b", "olmo2_1b", "olmo2_7b", "qwen3_1_7b", "r1_distill_qwen_1_5b", "phi1_5", "llama1b"]
+)
+@pytest.mark.parametrize("argument", ["", "smoke"])
+def test_presets_are_models_of_their_family(repository, preset, argument):
+    spec = importlib.util.spec_from_file_location(preset, repository / "configs" / f"{preset}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = freeze(module.get_config(argument)).model
+    assert family_of(model).model_type == (model.family or "llama")

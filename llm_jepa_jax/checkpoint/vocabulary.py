@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from llm_jepa_jax.config import Config
 
-VOCABULARY_AXIS = {"embedding": 0, "head": 1}
-"""The parameters with a row or a column for each token."""
+VOCABULARY_AXIS = {"embedding": 0, "head": 1, "head_bias": 0}
+"""The parameters with a row, a column or a place for each token."""
 
 
 def with_new_rows(key: jax.Array, params: Any, config: Config, known: int) -> Any:

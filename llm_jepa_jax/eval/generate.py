@@ -99,6 +99,8 @@ class Generator:
 
         def choose(hidden_BxD: jax.Array, ended_B: jax.Array) -> jax.Array:
             logits_BxV = jnp.einsum("bd,dv->bv", hidden_BxD, head_DxV, preferred_element_type=jnp.float32)
+            if self.model.head_bias:
+                logits_BxV += params["head_bias"]
             best_B = jnp.argmax(jnp.where(self._forbidden_V, -jnp.inf, logits_BxV), axis=-1).astype(jnp.int32)
             return jnp.where(ended_B, end, best_B)
 

@@ -56,6 +56,8 @@ class Decoder(DecoderModule):
         embedding_VxD = self.weight("embedding", (config.vocab_size, config.embed_dim), ("vocab", "embed"))
         if not config.tie_embeddings:
             self.weight("head", (config.embed_dim, config.vocab_size), ("embed", "vocab"))
+        if config.head_bias:
+            self.vector("head_bias", (config.vocab_size,), "bias", 0.0)
         embedded_RxLxD = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "length", "embed")
         if config.scale_embeddings:
             embedded_RxLxD = embedded_RxLxD * jnp.asarray(config.embed_dim**0.5, self.dtype)

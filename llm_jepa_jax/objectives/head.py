@@ -38,13 +38,16 @@ def cross_entropy(
     targets_RxM: jax.Array,
     weight_RxM: jax.Array,
     settings: HeadSettings,
+    bias_V: jax.Array | None = None,
 ) -> jax.Array:
     """Sum over target slots of weight · (cross-entropy + z_loss · log-partition²), float32 scalar, in nats.
 
     Slot m of row r predicts `targets[r, m]` from `hidden[r, index[r, m]]`. Slots with weight 0 are free; the used ones
-    of a row have different indices. Logits and everything made from them are float32 whatever the type of `hidden`.
+    of a row have different indices. `bias_V`, if any, is added to the logits. Logits and everything made from them are
+    float32 whatever the type of `hidden`.
     """
-    return _everywhere(settings, False)(hidden_RxLxD, head_DxV, index_RxM, targets_RxM, weight_RxM)[0]
+    arrays = (hidden_RxLxD, head_DxV, index_RxM, targets_RxM, weight_RxM, bias_V)
+    return _everywhere(settings, False, bias_V is not None)(*arrays)[0]
 
 
 def _forward(
@@ -54,29 +57,34 @@ def _forward(
     targets_RxM: jax.Array,
     weight_RxM: jax.Array,
     settings: HeadSettings,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    total, *grads = _everywhere(settings, True)(hidden_RxLxD, head_DxV, index_RxM, targets_RxM, weight_RxM)
-    return total, (grads[0], grads[1].astype(head_DxV.dtype))
+    bias_V: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    arrays = (hidden_RxLxD, head_DxV, index_RxM, targets_RxM, weight_RxM, bias_V)
+    total, *grads = _everywhere(settings, True, bias_V is not None)(*arrays)
+    by_bias = None if bias_V is None else grads[2].astype(bias_V.dtype)
+    return total, (grads[0], grads[1].astype(head_DxV.dtype), by_bias)
 
 
-def _backward(settings: HeadSettings, grads: tuple[jax.Array, jax.Array], scale: jax.Array) -> tuple[Any, ...]:
-    return *((grad * scale).astype(grad.dtype) for grad in grads), None, None, None
+def _backward(settings: HeadSettings, grads: Any, scale: jax.Array) -> tuple[Any, ...]:
+    by_hidden, by_head, by_bias = jax.tree.map(lambda grad: (grad * scale).astype(grad.dtype), grads)
+    return by_hidden, by_head, None, None, None, by_bias
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _everywhere(settings: HeadSettings, with_grads: bool) -> Any:
+def _everywhere(settings: HeadSettings, with_grads: bool, with_bias: bool) -> Any:
     """The local computation on every device of the mesh: gradients of the head are added up once, behind the loop."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return functools.partial(_local, settings=settings, with_grads=with_grads, sharded=False)
     rows = PartitionSpec(ACTIVATION_RULES["rows"])
     vocabulary = PARAMETER_RULES["vocab"]
-    out_specs = (PartitionSpec(), rows, PartitionSpec(PARAMETER_RULES["embed"], vocabulary))
+    bias = PartitionSpec(vocabulary) if with_bias else None
+    out_specs = (PartitionSpec(), rows, PartitionSpec(PARAMETER_RULES["embed"], vocabulary), bias)
     return jax.shard_map(
         functools.partial(_local, settings=settings, with_grads=with_grads, sharded=True),
-        in_specs=(rows, PartitionSpec(None, vocabulary), rows, rows, rows),
+        in_specs=(rows, PartitionSpec(None, vocabulary), rows, rows, rows, bias),
         out_specs=out_specs if with_grads else out_specs[:1],
         check_vma=False,
     )
@@ -88,35 +96,46 @@ def _local(
     index_RxM: jax.Array,
     targets_RxM: jax.Array,
     weight_RxM: jax.Array,
+    bias_V: jax.Array | None,
     *,
     settings: HeadSettings,
     with_grads: bool,
     sharded: bool,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
     """One device's rows against its part of the vocabulary: the sum, and the gradients if they are wanted."""
     hidden_NxD = hidden_RxLxD.reshape(-1, hidden_RxLxD.shape[-1])
     head_DxV = head_DxV.astype(hidden_NxD.dtype)
     slots, num_targets, size = _used_first(hidden_RxLxD.shape[1], index_RxM, targets_RxM, weight_RxM, settings.chunk)
     first_id = jax.lax.axis_index(PARAMETER_RULES["vocab"]) * head_DxV.shape[1] if sharded else 0
 
-    def add_chunk(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def add_chunk(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         place_C, target_C, weight_C = (jax.lax.dynamic_slice_in_dim(slot, number * size, size) for slot in slots)
         hidden_CxD = jnp.take(hidden_NxD, place_C, axis=0, mode="clip")
-        loss, dlogits_CxV = _chunk_loss(hidden_CxD, head_DxV, target_C - first_id, weight_C, settings, sharded)
+        logits_CxV = _dot(hidden_CxD, head_DxV, 1, 0)
+        if bias_V is not None:
+            logits_CxV += bias_V.astype(jnp.float32)
+        loss, dlogits_CxV = _chunk_loss(logits_CxV, target_C - first_id, weight_C, settings, sharded)
         if not with_grads:
             return (carry[0] + loss,)
-        total, dhidden_NxD, dhead_DxV = carry
+        total, dhidden_NxD, dhead_DxV, dbias_V = carry
+        if bias_V is not None:
+            dbias_V += dlogits_CxV.sum(axis=0)
         dlogits_CxV = dlogits_CxV.astype(hidden_NxD.dtype)
         dhidden_CxD = _over_vocabulary(jax.lax.psum, _dot(dlogits_CxV, head_DxV, 1, 1), sharded)
         dhidden_NxD = dhidden_NxD.at[place_C].set(dhidden_CxD.astype(dhidden_NxD.dtype), mode="drop")
-        return total + loss, dhidden_NxD, dhead_DxV + _dot(hidden_CxD, dlogits_CxV, 0, 0)
+        return total + loss, dhidden_NxD, dhead_DxV + _dot(hidden_CxD, dlogits_CxV, 0, 0), dbias_V
 
-    zeros = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden_NxD), jnp.zeros(head_DxV.shape, jnp.float32))
+    zeros_V = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
+    zeros = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden_NxD), jnp.zeros(head_DxV.shape, jnp.float32), zeros_V)
     total, *grads = jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros if with_grads else zeros[:1])
     total = jax.lax.psum(total, ACTIVATION_RULES["rows"]) if sharded else total
     if not with_grads:
         return (total,)
-    return total, grads[0].reshape(hidden_RxLxD.shape), _over_rows(grads[1]) if sharded else grads[1]
+    dhidden_NxD, dhead_DxV, dbias_V = grads
+    if sharded:
+        dhead_DxV = _over_rows(dhead_DxV)
+        dbias_V = jax.tree.map(lambda grad: jax.lax.psum(grad, ACTIVATION_RULES["rows"]), dbias_V)
+    return total, dhidden_NxD.reshape(hidden_RxLxD.shape), dhead_DxV, dbias_V
 
 
 def _used_first(
@@ -139,8 +158,7 @@ def _used_first(
 
 
 def _chunk_loss(
-    hidden_CxD: jax.Array,
-    head_DxV: jax.Array,
+    logits_CxV: jax.Array,
     target_C: jax.Array,
     weight_C: jax.Array,
     settings: HeadSettings,
@@ -149,7 +167,6 @@ def _chunk_loss(
     """The loss of C targets, and its gradient by their logits [C, V], float32. A target outside 0 to V - 1 belongs to
     another device's part of the vocabulary.
     """
-    logits_CxV = _dot(hidden_CxD, head_DxV, 1, 0)
     slope_CxV = None
     if settings.soft_cap:
         tanh_CxV = jnp.tanh(logits_CxV / settings.soft_cap)
@@ -158,8 +175,8 @@ def _chunk_loss(
     powers_CxV = jnp.exp(logits_CxV - largest_C[:, None])
     sum_C = _over_vocabulary(jax.lax.psum, jnp.sum(powers_CxV, axis=1), sharded)
     log_partition_C = largest_C + jnp.log(sum_C)
-    is_target_CxV = jnp.arange(head_DxV.shape[1]) == target_C[:, None]
-    here_C = (target_C >= 0) & (target_C < head_DxV.shape[1])
+    is_target_CxV = jnp.arange(logits_CxV.shape[1]) == target_C[:, None]
+    here_C = (target_C >= 0) & (target_C < logits_CxV.shape[1])
     found_C = jnp.take_along_axis(logits_CxV, jnp.where(here_C, target_C, 0)[:, None], axis=1)[:, 0]
     target_logit_C = _over_vocabulary(jax.lax.psum, jnp.where(here_C, found_C, 0.0), sharded)
     loss = jnp.sum(weight_C * (log_partition_C - target_logit_C + settings.z_loss * log_partition_C**2))

@@ -20,8 +20,9 @@ def ntp_sum(inputs: Inputs) -> jax.Array:
     settings = HeadSettings(config.head_chunk, config.ntp.z_loss, inputs.soft_cap)
     with jax.named_scope("ntp_loss"):
         return cross_entropy(
-            inputs.last_RxTxD, inputs.head_DxV, batch.target_index, batch.targets, batch.target_weight, settings
-        )
+            inputs.last_RxTxD, inputs.head_DxV, batch.target_index, batch.targets, batch.target_weight, settings,
+            inputs.head_bias_V,
+        )  # fmt: skip
 
 
 NTP = Objective("ntp", ntp_weight, ntp_sum)

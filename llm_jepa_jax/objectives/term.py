@@ -30,6 +30,8 @@ class Inputs:
     num_layers: int
     soft_cap: float = 0.0
     """`model.logit_soft_cap`."""
+    head_bias_V: jax.Array | None = None
+    """What is added to the logits, if anything, parameter type."""
     predictors: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     """Matrix [D, D] of each objective with `linear_predictor`, parameter type."""
     key: jax.Array = dataclasses.field(default_factory=lambda: jax.random.key(0))

@@ -25,7 +25,7 @@ _SHARED: tuple[Part, ...] = (
     Value("tie_word_embeddings", "tie_embeddings", True),
     Activation("hidden_activation", "gelu_pytorch_tanh"),
     Flags("attention_bias", ("qkv_bias", "out_bias")),
-    Value("query_pre_attn_scalar", "score_width", 256.0),
+    Value("query_pre_attn_scalar", "score_width", 256.0, written=int),
     Fixed("use_bidirectional_attention", False),
     SlidingWindow(),
 )

@@ -37,6 +37,8 @@ class Value:
     default: Any = ...
     null: Any = ...
     """What null stands for; else it is as if the field were absent."""
+    written: type | None = None
+    """The type that readers insist on, where it is not that of the key."""
 
     def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
         default = known[self.default] if isinstance(self.default, str) else self.default
@@ -44,6 +46,8 @@ class Value:
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         value = getattr(config, self.key)
+        if self.written:
+            value = self.written(value)
         return {self.field: None if value == self.null else value}
 
 
@@ -141,6 +145,8 @@ class Rope:
         share = _agreed(new, "partial_rotary_factor", share)
         old.finish()
         new.finish()
+        if share is not None and self.share == 1.0 != share:
+            raise fields.refuse("partial_rotary_factor", share, "heads of this family are rotated whole")
         return {
             "rope_theta": self.theta if theta is None else theta,
             "rope_share": self.share if share is None else share,
@@ -149,7 +155,7 @@ class Rope:
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         scaling, theta = write_scaling(config.rope_scaling), {"rope_theta": config.rope_theta}
-        share = {"partial_rotary_factor": config.rope_share} if config.rope_share != 1.0 else {}
+        share = {"partial_rotary_factor": config.rope_share} if self.share != 1.0 else {}
         parameters = theta | share | (scaling or {"rope_type": "default"})
         return theta | share | {"rope_scaling": scaling, "rope_parameters": parameters}
 
