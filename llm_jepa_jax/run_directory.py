@@ -23,7 +23,7 @@ from llm_jepa_jax.from_json import load_json
 from llm_jepa_jax.objective_config import JepaConfig, ObjectiveConfig
 from llm_jepa_jax.objectives.parameters import abstract_parameters
 from llm_jepa_jax.parallel.mesh import make_mesh
-from llm_jepa_jax.parallel.sharding import parameter_shardings
+from llm_jepa_jax.parallel.sharding import parameter_shardings, placed
 from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.schema import flatten
 from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY
@@ -142,11 +142,7 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     mesh = make_mesh(config.mesh)
     config = resolve(config, mesh.devices.shape)
     shapes, axes = abstract_parameters(config)
-    abstract = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        parameter_shardings(mesh, axes),
-    )
+    abstract = placed(shapes, parameter_shardings(mesh, axes))
     step, params = restore_params(workdir / "checkpoints", abstract)
     facts = json.loads((workdir / "run.json").read_text())
     return Run(config, mesh, tokenizer, step, params, facts["system"])

@@ -100,7 +100,7 @@ VARIANTS = [
     *((f"{JEPA}distance={d}",) for d in ("l2", "mse", "infonce")),
     (f"{JEPA}num_predictors=10", f"{JEPA}shared_predictor=True", f"{JEPA}view_end=turn"),
     (f"{JEPA}num_predictors=0", f"{JEPA}direction=code_to_text", f"{JEPA}view_end_offset=1"),
-    (f"{JEPA}placement=prepend", f"{JEPA}pooling=mean", "data.layout=separate"),
+    (f"{JEPA}placement=prepend", f"{JEPA}pooling=mean", f"{JEPA}dropout=0.5", f"{JEPA}dropout_by=step"),
     (
         f"{JEPA}pooling=mean",
         f"{JEPA}layer=1",

@@ -18,7 +18,7 @@ from llm_jepa_jax.config import Config, ModelConfig, freeze, to_dict
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
 from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
-from llm_jepa_jax.parallel.sharding import parameter_shardings
+from llm_jepa_jax.parallel.sharding import parameter_shardings, placed
 from llm_jepa_jax.schema import flatten, freeze_section, unflatten
 from llm_jepa_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, saved_tokenizer
 
@@ -145,9 +145,5 @@ def _of_run(config: Config, start: Initial, mesh: Mesh) -> tuple[int, Any]:
     known = abstract_parameters(start.source)[0].get("predictors", {})
     for name in set(shapes.get("predictors", {})) - set(known):
         del shapes["predictors"][name], axes["predictors"][name]
-    abstract = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        parameter_shardings(mesh, axes),
-    )
+    abstract = placed(shapes, parameter_shardings(mesh, axes))
     return restore_params(start.directory / "checkpoints", abstract)

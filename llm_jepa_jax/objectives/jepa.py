@@ -40,7 +40,7 @@ def _places(batch: Batch, start_RxP: jax.Array, end_RxP: jax.Array) -> jax.Array
     to where the branch hangs, and the branch."""
     length, width = batch.segments.shape[1], batch.tokens.shape[1]
     num_pairs = start_RxP.shape[1]
-    branch = (width - length) // num_pairs
+    branch = (width - length) // max(1, num_pairs)  # steps without pairs have no slots
     places_T, start_RxPx1, end_RxPx1 = jnp.arange(width), start_RxP[..., None], end_RxP[..., None]
     on_branch_RxPx1 = end_RxPx1 >= length
     trunk_end_RxPx1 = jnp.where(on_branch_RxPx1, batch.branch_end[..., None], end_RxPx1)

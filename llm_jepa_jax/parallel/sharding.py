@@ -59,6 +59,13 @@ def parameter_shardings(mesh: Mesh, axes_tree: Any) -> Any:
     return jax.tree.map(lambda axes: NamedSharding(mesh, parameter_spec(axes)), axes_tree, is_leaf=is_axes)
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """A tree of `jax.ShapeDtypeStruct`s with the shardings of another tree of its structure."""
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
+    )
+
+
 def constrain(array: jax.Array, *logical_axes: str) -> jax.Array:
     """Pins an activation's sharding inside a jitted function; nothing outside a mesh (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:

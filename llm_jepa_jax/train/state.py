@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llm_jepa_jax.checkpoint.initial import initial_parameters, open_initial
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
-from llm_jepa_jax.parallel.sharding import parameter_shardings, replicated
+from llm_jepa_jax.parallel.sharding import parameter_shardings, placed, replicated
 from llm_jepa_jax.train.optimizer import make_optimizer
 
 
@@ -83,10 +83,7 @@ def state_factory(config: Config, mesh: Mesh, num_steps: int) -> StateFactory:
     params = parameter_shardings(mesh, axes)
     opt_state = _like_parameters(shapes.opt_state, shapes.params, params, everywhere)
     shardings = TrainState(everywhere, params, opt_state, everywhere, everywhere)
-    abstract = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
-    )
-    return StateFactory(config, mesh, optimizer, abstract)
+    return StateFactory(config, mesh, optimizer, placed(shapes, shardings))
 
 
 def _like_parameters(state: Any, params: Any, shardings: Any, everywhere: NamedSharding) -> Any:
