@@ -39,6 +39,20 @@ CASES = {
     ),
     "phi": ("Phi", {"num_attention_heads": 3, "num_key_value_heads": 3, "partial_rotary_factor": 0.5}),
     "phi-grouped-tied": ("Phi", {"head_dim": 20, "partial_rotary_factor": 0.4, "tie_word_embeddings": True}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "olmo3": (
+        "Olmo3", {
+            "sliding_window": 24, "num_hidden_layers": 5, "head_dim": 16, "rope_parameters": {
+                "full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "ministral": (
+        "Ministral",
+        {"head_dim": 16, "sliding_window": 24, "layer_types": ["full_attention", *["sliding_attention"] * 2]},
+    ),
+    "stablelm": ("StableLm", {"partial_rotary_factor": 0.25, "use_qkv_bias": True}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 24, "num_key_value_heads": 3}),
     "gemma3-untied": ("Gemma3Text", GEMMA | {"tie_word_embeddings": False, "num_hidden_layers": 2}),
 }  # fmt: skip
 """Name to the family's class and what it changes: heads in groups of 3, widths that are not D / H, windows of 24."""

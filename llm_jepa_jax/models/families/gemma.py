@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 2 (soft caps, every other layer with a window) and Gemma 3 text (norms of heads, two rotary bases, windows)."""
+"""Gemma (GeGLU, scaled embeddings), Gemma 2 (soft caps, every other layer with a window) and Gemma 3 text (norms of
+heads, two rotary bases, windows)."""
 
-import dataclasses
-from typing import Any
-
-from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.families.family import LAYER, SEQUENTIAL, Family
-from llm_jepa_jax.models.families.fields import Fields
 from llm_jepa_jax.models.families.parts import (
     SIZES,
     Activation,
@@ -18,6 +14,7 @@ from llm_jepa_jax.models.families.parts import (
     SlidingWindow,
     Value,
 )
+from llm_jepa_jax.models.families.two_ropes import TwoRopes
 
 _SHARED: tuple[Part, ...] = (
     *SIZES,
@@ -34,43 +31,27 @@ _NAMES = SEQUENTIAL | {
     "layers/mlp_norm": f"{LAYER}.pre_feedforward_layernorm",
     "layers/mlp_post_norm": f"{LAYER}.post_feedforward_layernorm",
 }
+_GELU = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+"""The first Gemma's releases say `gelu` and mean the approximation."""
 _FIXED = {"norm": "rms_plus_one", "norm_placement": "both", "scale_embeddings": True}
 
 
-@dataclasses.dataclass(frozen=True)
-class TwoRopes:
-    """Rotary settings of global layers and of those with a window, in either spelling; both are written."""
-
-    theta: float
-    local_theta: float
-
-    def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
-        new = fields.below("rope_parameters")
-        if "full_attention" not in new:
-            local = fields.take("rope_local_base_freq", float, self.local_theta)
-            new.finish()
-            return Rope(self.theta).read(fields, known) | {"local_rope_theta": local}
-        for name in ("rope_theta", "rope_local_base_freq", "rope_scaling"):
-            fields.take(name, dict if name == "rope_scaling" else float, None)
-        globally, locally = new.below("full_attention"), new.below("sliding_attention")
-        new.finish()
-        wide = Rope(self.theta).read(_only(fields, globally), known)
-        near = Rope(self.local_theta).read(_only(fields, locally), known)
-        if near["rope_scaling"].factor != 1.0:
-            raise fields.refuse("rope_parameters", "scaled in windowed layers", "use a model whose are not")
-        return wide | {"local_rope_theta": near["rope_theta"]}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        values = Rope(self.theta).write(config)
-        local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
-        values["rope_parameters"] = {"full_attention": values["rope_parameters"], "sliding_attention": local}
-        return values | {"rope_local_base_freq": config.local_rope_theta}
-
-
-def _only(fields: Fields, section: Fields) -> Fields:
-    """A file whose rotary settings are that section."""
-    return Fields(fields.place, {"rope_parameters": section.rest()})
-
+GEMMA = Family(
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    parts=(
+        *SIZES,
+        Value("rms_norm_eps", "norm_eps", 1e-6),
+        Value("tie_word_embeddings", "tie_embeddings", True),
+        Fixed("hidden_activation", "gelu_pytorch_tanh"),
+        Activation(default="gelu_pytorch_tanh", known=_GELU),
+        Flags("attention_bias", ("qkv_bias", "out_bias")),
+        Fixed("use_bidirectional_attention", False),
+        Rope(),
+    ),
+    names=SEQUENTIAL,
+    fixed={"norm": "rms_plus_one", "scale_embeddings": True},
+)
 
 GEMMA2 = Family(
     model_type="gemma2",

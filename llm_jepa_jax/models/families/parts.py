@@ -5,6 +5,7 @@ Whether a family can say a model is found by writing and reading it again, so `w
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from llm_jepa_jax.config import ModelConfig, RopeScalingConfig
@@ -57,9 +58,10 @@ class Flags:
 
     field: str
     keys: tuple[str, ...]
+    default: bool = False
 
     def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
-        return dict.fromkeys(self.keys, fields.take(self.field, bool, False))
+        return dict.fromkeys(self.keys, fields.take(self.field, bool, self.default))
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         return {self.field: getattr(config, self.keys[0])}
@@ -88,25 +90,31 @@ class Activation:
 
     field: str = "hidden_act"
     default: str = "silu"
+    known: Mapping[str, str] = dataclasses.field(default_factory=lambda: ACTIVATIONS)
 
     def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
         name = fields.take(self.field, str, self.default)
-        if name not in ACTIVATIONS:
-            raise fields.refuse(self.field, name, f"known are {', '.join(ACTIVATIONS)}")
-        return {"activation": ACTIVATIONS[name]}
+        if name not in self.known:
+            raise fields.refuse(self.field, name, f"known are {', '.join(self.known)}")
+        return {"activation": self.known[name]}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         return {self.field: next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)}
 
 
+@dataclasses.dataclass(frozen=True)
 class HeadDim:
     """The width of a head, by default that of the model divided by its heads."""
 
+    free: bool = True
+    """The family has a field for another width."""
+
     def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
-        return {"head_dim": fields.take("head_dim", int, known["embed_dim"] // known["num_heads"])}
+        width = known["embed_dim"] // known["num_heads"]
+        return {"head_dim": fields.take("head_dim", int, width) if self.free else width}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        return {"head_dim": config.head_dim}
+        return {"head_dim": config.head_dim} if self.free else {}
 
 
 SIZES: tuple[Part, ...] = (
