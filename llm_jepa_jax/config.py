@@ -113,10 +113,13 @@ class ModelConfig:
     vocab_size: int = key(0, "rows of the embedding; 0: the tokenizer's size", "tokens")
     embed_dim: int = key(192, "width of the residual stream")
     num_layers: int = key(6, "decoder blocks")
-    num_heads: int = key(6, "query heads")
-    num_kv_heads: int = key(3, "key and value heads; divides `model.num_heads`")
+    num_heads: int = key(6, "query heads of a layer, or the most where layers differ")
+    num_kv_heads: int = key(3, "key and value heads of a layer, or the most; divides `model.num_heads`")
     head_dim: int = key(32, "width of a head; even")
-    mlp_dim: int = key(512, "hidden width of the MLP")
+    mlp_dim: int = key(512, "hidden width of the MLP, or the widest")
+    layer_heads: tuple[int, ...] = key((), "query heads layer by layer, such as (4,6); empty: all have `num_heads`")
+    layer_kv_heads: tuple[int, ...] = key((), "key and value heads layer by layer; empty: all have `num_kv_heads`")
+    layer_mlp_dims: tuple[int, ...] = key((), "hidden width of the MLP layer by layer; empty: all have `mlp_dim`")
     max_positions: int = key(8192, "longest segment the model accepts", "tokens")
     rope_theta: float = key(500000.0, "base of the rotary frequencies")
     rope_scaling: RopeScalingConfig = section(RopeScalingConfig, "rotary scaling")
@@ -162,6 +165,21 @@ class ModelConfig:
     logit_soft_cap: float = key(0.0, "logits become cap · tanh(logits / cap); 0: off")
     init_std: float = key(0.02, "standard deviation of the initial weights")
     family: str = key("", "the `model_type` that an export writes; empty: the first family that can say this model")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have the same shape."""
+        return not (self.layer_heads or self.layer_kv_heads or self.layer_mlp_dims)
+
+    def layer(self, number: int) -> "ModelConfig":
+        """The uniform model whose layers are all like this one."""
+        own = {key: getattr(self, by_layer) for by_layer, key in BY_LAYER.items()}
+        changes: dict[str, Any] = {key: values[number] for key, values in own.items() if values}
+        return dataclasses.replace(self, **changes | dict.fromkeys(BY_LAYER, ()))
+
+
+BY_LAYER = {"layer_heads": "num_heads", "layer_kv_heads": "num_kv_heads", "layer_mlp_dims": "mlp_dim"}
+"""Keys of `ModelConfig` that say a size layer by layer, and the keys that say it of all."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,9 @@ def model_flops(config: ModelConfig, tokens: float, targets: float, length: int)
 
     6 for every weight a token meets, causal attention over `length`, and the head at target slots only.
     """
-    attention = config.embed_dim * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
-    weights = config.num_layers * (attention + (3 if config.mlp_gated else 2) * config.embed_dim * config.mlp_dim)
-    scores = config.num_layers * config.num_heads * config.head_dim * length
+    weights = scores = 0
+    for layer in (config.layer(number) for number in range(config.num_layers)):
+        attention = layer.head_dim * 2 * (layer.num_heads + layer.num_kv_heads)
+        weights += layer.embed_dim * (attention + (3 if layer.mlp_gated else 2) * layer.mlp_dim)
+        scores += layer.num_heads * layer.head_dim * length
     return tokens * 6 * (weights + scores) + targets * 6 * config.embed_dim * config.vocab_size

@@ -63,6 +63,10 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         vocab_size=0, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128,
         max_positions=1024,
     )  # fmt: skip
+    if config.model.layer_heads:
+        config.model.update(
+            num_heads=8, num_kv_heads=4, layer_heads=(4, 8), layer_kv_heads=(2, 4), layer_mlp_dims=(96, 128)
+        )
     if config.model.score_width:
         config.model.score_width = 16.0
     if config.model.window:

@@ -5,8 +5,10 @@ import dataclasses
 from collections.abc import Callable
 
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
-from llm_jepa_jax.config import Config, ModelConfig
+from llm_jepa_jax.config import BY_LAYER, Config
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.model_checks import check_model
+from llm_jepa_jax.model_checks import fail as _fail
 from llm_jepa_jax.objective_config import (
     NUM_RESERVED_PREDICTORS,
     ObjectiveConfig,
@@ -107,10 +109,6 @@ KERNEL_PLATFORM = {"splash": "tpu", "triton": "gpu"}
 KERNEL_HEAD_DIMS = {"splash": (64, 128, 256), "triton": (64, 128)}
 KERNEL_BLOCK = 128
 """Rows are cut into blocks of this many tokens or a multiple."""
-
-
-def _fail(key: str, value: object, why: str) -> None:
-    raise UserError(f"config: `{key}`={value} {why}")
 
 
 def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
@@ -354,39 +352,10 @@ def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:
 
 def _check_model(config: Config, mesh_shape: tuple[int, int, int]) -> None:
     model, (_, fsdp, tensor) = config.model, mesh_shape
-    if model.num_heads % model.num_kv_heads:
-        _fail("model.num_kv_heads", model.num_kv_heads, f"does not divide `model.num_heads`={model.num_heads}")
-    if model.head_dim % 2:
-        _fail("model.head_dim", model.head_dim, "is odd; rotary embeddings need an even width")
-    _check_structure(model)
-    for name in ("num_heads", "num_kv_heads", "mlp_dim"):
-        size = getattr(model, name)
-        if size % tensor:
-            _fail("mesh.tensor", tensor, f"does not divide `model.{name}`={size}; use a divisor of it")
+    check_model(model)
+    for by_layer, name in BY_LAYER.items():
+        for size in getattr(model, by_layer) or (getattr(model, name),):
+            if size % tensor:
+                _fail("mesh.tensor", tensor, f"does not divide `model.{name}`={size}; use a divisor of it")
     if model.embed_dim % fsdp:
         _fail("mesh.fsdp", fsdp, f"does not divide `model.embed_dim`={model.embed_dim}; use a divisor of it")
-    if model.rope_scaling.factor < 1:
-        _fail("model.rope_scaling.factor", model.rope_scaling.factor, "is below 1; use 1 (off) or more")
-    if (
-        model.rope_scaling.kind == "llama3"
-        and model.rope_scaling.factor > 1
-        and model.rope_scaling.low_freq_factor >= model.rope_scaling.high_freq_factor
-    ):
-        _fail(
-            "model.rope_scaling.low_freq_factor", model.rope_scaling.low_freq_factor,
-            f"is not below `model.rope_scaling.high_freq_factor`={model.rope_scaling.high_freq_factor}",
-        )  # fmt: skip
-
-
-def _check_structure(model: ModelConfig) -> None:
-    if not model.window_pattern or set(model.window_pattern) - set("LG"):
-        _fail("model.window_pattern", repr(model.window_pattern), "is no pattern; use letters L and G, such as LG")
-    if not model.window:
-        for name in ("window_pattern", "local_rope_theta"):
-            value = getattr(model, name)
-            if value != getattr(ModelConfig(), name):
-                _fail(f"model.{name}", value, "has no effect with `model.window`=0; set the window, or leave it out")
-    if model.block == "parallel" and model.norm_placement != "pre":
-        _fail("model.norm_placement", model.norm_placement, "is not for `model.block`=parallel; use pre")
-    if int(model.head_dim * model.rope_share) % 2:
-        _fail("model.rope_share", model.rope_share, f"of `model.head_dim`={model.head_dim} is no even number of places")

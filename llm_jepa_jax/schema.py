@@ -46,8 +46,12 @@ def _checked(field: dataclasses.Field, path: str, value: Any) -> Any:
     expected = type(field.default)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
+    if expected is tuple and isinstance(value, list):
+        value = tuple(value)
     if type(value) is not expected:
         raise UserError(f"config: `{path}`={value!r} has type {type(value).__name__}; it takes {expected.__name__}")
+    if isinstance(value, tuple) and any(type(item) is not int for item in value):
+        raise UserError(f"config: `{path}`={value!r}; it takes whole numbers, such as (2,4)")
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise UserError(f"config: `{path}`={value!r}; use one of {', '.join(choices)}")
@@ -80,7 +84,7 @@ def describe_section(cls: type, prefix: str, meaning: str) -> list[str]:
     lines = ["", f"## `{prefix.rstrip('.')}`: {meaning}" if prefix else "## Top level", ""]
     lines += ["| key | default | unit | meaning |", "|---|---|---|---|"]
     for field in plain:
-        default = json.dumps(field.default, ensure_ascii=False)
+        default = "()" if field.default == () else json.dumps(field.default, ensure_ascii=False)
         lines.append(
             f"| `{prefix}{field.name}` | `{default}` | {field.metadata['unit']} | {field.metadata['meaning']} |"
         )

@@ -34,7 +34,7 @@ def preset(name):
 
 
 def test_the_presets_are_there():
-    assert len(PRESETS) == 13 and {"tiny", "finetune", "llama8b", "phi1_5"} <= set(PRESETS)
+    assert len(PRESETS) == 14 and {"tiny", "finetune", "llama8b", "openelm_1b"} <= set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)

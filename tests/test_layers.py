@@ -15,6 +15,7 @@ ORDER = (
         "batch",
         "presets",
         "from_json",
+        "model_checks",
         "resolve",
         "flops",
         "huge_pages",

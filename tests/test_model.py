@@ -195,6 +195,7 @@ def test_half_precision_stays_near_and_parameters_stay_wide():
         ("qwen3_1_7b", 1_720_574_976),
         ("r1_distill_qwen_1_5b", 1_777_088_000),
         ("phi1_5", 1_418_270_720),
+        ("openelm_1b", 1_079_891_456),
     ],  # fmt: skip
 )
 def test_presets_have_the_published_parameter_counts(repository, preset, published):
@@ -259,7 +260,8 @@ def test_reference_hidden_states_and_logits(shared_dir):
 
 
 @pytest.mark.parametrize(
-    "preset", ["gemma2_2b", "olmo2_1b", "olmo2_7b", "qwen3_1_7b", "r1_distill_qwen_1_5b", "phi1_5", "llama1b"]
+    "preset",
+    ["gemma2_2b", "olmo2_1b", "olmo2_7b", "qwen3_1_7b", "r1_distill_qwen_1_5b", "phi1_5", "llama1b", "openelm_1b"],
 )
 @pytest.mark.parametrize("argument", ["", "smoke"])
 def test_presets_are_models_of_their_family(repository, preset, argument):

@@ -34,6 +34,10 @@ STRUCTURES = {
         "block": "parallel", "norm": "layer", "mlp_gated": False, "mlp_bias": True, "rope_share": 0.5,
         "head_bias": True,
     },
+    "layers of their own": {
+        "layer_heads": (2, 4, 6), "layer_kv_heads": (1, 4, 2), "layer_mlp_dims": (48, 32, 64), "num_heads": 6,
+        "num_kv_heads": 4, "qk_norm": "head", "window": 6, "window_pattern": "LG",
+    },
 }  # fmt: skip
 
 

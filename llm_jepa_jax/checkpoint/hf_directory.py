@@ -19,7 +19,6 @@ from llm_jepa_jax.models.families.registry import read_model
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """Tensors of older files that follow from `config.json`."""
-HEAD = "lm_head.weight"
 SHOWN = 4
 """How many names an error lists."""
 
@@ -56,12 +55,13 @@ def open_directory(directory: pathlib.Path) -> HfCheckpoint:
     found = _tensors(directory)
     wanted = tuple(parameters(family, model))
     shapes = {name: parameter.published_shape for parameter in wanted for name in parameter.names}
-    tied = model.tie_embeddings and HEAD in found and HEAD not in shapes
-    unneeded = {name for name in found if COMPUTED.fullmatch(name) or (tied and name == HEAD)}
+    head = family.tensor("head")
+    tied = model.tie_embeddings and head in found
+    unneeded = {name for name in found if COMPUTED.fullmatch(name) or (tied and name == head)}
     kept = {name: tensor for name, tensor in found.items() if name not in unneeded}
     _check(directory, shapes, kept)
     if tied:
-        _check_tied(found[HEAD], found[family.tensor("embedding")])
+        _check_tied(head, found[head], found[family.tensor("embedding")])
     return HfCheckpoint(directory, model, wanted, kept)
 
 
@@ -126,7 +126,7 @@ def _check(directory: pathlib.Path, shapes: dict[str, tuple[int, ...]], found: d
         raise UserError(f"{directory}: tensors are not those of its {CONFIG}; {'; '.join(said)}")
 
 
-def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
+def _check_tied(name: str, head: StoredTensor, embedding: StoredTensor) -> None:
     """A head that is stored though it is tied must be the embedding."""
     rows = 4096
     same = head.shape == embedding.shape and head.type_name == embedding.type_name
@@ -135,7 +135,7 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor) -> None:
         same = same and np.array_equal(head.read(part), embedding.read(part))
     if not same:
         raise UserError(
-            f"{head.path}: {HEAD} is not the embedding, though {CONFIG} ties them; set tie_word_embeddings to false"
+            f"{head.path}: {name} is not the embedding, though {CONFIG} ties them; set tie_word_embeddings to false"
         )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jepa_jax.checkpoint.hf_directory import CONFIG, INDEX, SINGLE, read_json
-from llm_jepa_jax.checkpoint.hf_layout import Parameter, at, parameters
+from llm_jepa_jax.checkpoint.hf_layout import Parameter, at, by_tensor, parameters
 from llm_jepa_jax.checkpoint.safetensors import Writer
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import ModelConfig
@@ -59,7 +60,7 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path
     family = family_of(config)
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: is not empty; name a new directory")
-    wanted = list(parameters(family, config))
+    wanted = by_tensor(parameters(family, config))
     files = _files(wanted, dtype.itemsize, settings.shard_bytes)
     part = directory.with_name(directory.name + ".part")
     if jax.process_index() == 0:
@@ -76,11 +77,11 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path
     return len(files)
 
 
-def _files(wanted: list[Parameter], width: int, most: int) -> dict[str, dict[str, tuple[int, ...]]]:
+def _files(wanted: list[list[Parameter]], width: int, most: int) -> dict[str, dict[str, tuple[int, ...]]]:
     """Which tensors, with their shapes, go into which file."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     held = 0
-    for parameter in wanted:
+    for parameter, *_ in wanted:
         for name in parameter.names:
             size = width * math.prod(parameter.published_shape)
             if groups[-1] and held + size > most:
@@ -94,20 +95,20 @@ def _files(wanted: list[Parameter], width: int, most: int) -> dict[str, dict[str
 
 
 def _write_weights(
-    params: Any, wanted: list[Parameter], mesh: Mesh, part: pathlib.Path, files: Any, dtype: np.dtype
+    params: Any, wanted: list[list[Parameter]], mesh: Mesh, part: pathlib.Path, files: Any, dtype: np.dtype
 ) -> None:
     writes = jax.process_index() == 0
     place = {name: file for file, group in files.items() for name in group}
     writer: Writer | None = None
-    for parameter in wanted:
-        for name, array in _tensors(at(params, parameter.path), parameter, mesh):
+    for group in wanted:
+        for name, array in _tensors(params, group, mesh):
             if not writes:
                 continue
             if writer is None or writer.path.name != place[name]:
                 if writer:
                     writer.close()
                 writer = Writer(part / place[name], files[place[name]], dtype)
-            writer.add(name, parameter.to_published(array))
+            writer.add(name, array)
     if writer:
         writer.close()
     if writes and len(files) > 1:
@@ -115,17 +116,24 @@ def _write_weights(
         _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": place})
 
 
-def _tensors(leaf: jax.Array, parameter: Parameter, mesh: Mesh) -> Any:
-    """The name and the whole array of each tensor of a parameter."""
+def _tensors(params: Any, group: list[Parameter], mesh: Mesh) -> Iterator[tuple[str, np.ndarray]]:
+    """The name and the whole array of each tensor that holds these parameters."""
+    parts = [_parts(at(params, parameter.path), parameter, mesh) for parameter in group]
+    for name, *arrays in zip(group[0].names, *parts, strict=True):
+        yield name, arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _parts(leaf: jax.Array, parameter: Parameter, mesh: Mesh) -> Iterator[np.ndarray]:
+    """What a parameter puts into each of its tensors."""
     whole = replicated(mesh)
     if not parameter.num_layers:
         axis = VOCABULARY_AXIS.get(parameter.path, 0)
         cut = jax.jit(lambda x: jax.lax.slice_in_dim(x, 0, parameter.shape[axis], axis=axis), out_shardings=whole)
-        yield parameter.name, np.asarray(cut(leaf).addressable_data(0))
+        yield parameter.to_published(np.asarray(cut(leaf).addressable_data(0)))
         return
     take = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=whole)
-    for number, name in enumerate(parameter.names):
-        yield name, np.asarray(take(leaf, number).addressable_data(0))
+    for number in range(parameter.num_layers):
+        yield parameter.to_published(np.asarray(take(leaf, number).addressable_data(0)))
 
 
 def _write_configs(part: pathlib.Path, values: dict[str, Any], dtype: str, source: pathlib.Path | None) -> None:

@@ -24,9 +24,9 @@ def read_parameters(checkpoint: HfCheckpoint, mesh: Mesh, param_dtype: Any, voca
     shardings = parameter_shardings(mesh, abstract_params(checkpoint.model, param_dtype)[1])
     tree: dict[str, Any] = {}
     for parameter in checkpoint.parameters:
-        node, name = tree, parameter.path
-        if parameter.num_layers:
-            node, name = tree.setdefault("layers", {}), name.partition("/")[2]
+        node, (*sections, name) = tree, parameter.path.split("/")
+        for section in sections:
+            node = node.setdefault(section, {})
         node[name] = _read(checkpoint, parameter, at(shardings, parameter.path), jnp.dtype(param_dtype), vocab_size)
     return tree
 

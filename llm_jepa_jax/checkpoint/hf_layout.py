@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How parameters of ours lie in published files: one tensor a layer, matrices as [outputs, inputs], heads unfolded."""
+"""How parameters of ours lie in published files: a tensor a layer, or rows of one; matrices as [outputs, inputs]."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -31,7 +32,11 @@ class Parameter:
     name: str
     """Of its tensors; `{}` stands for the layer's number."""
     num_layers: int
-    """0: it is not in the layers."""
+    """How many layers are stacked in it; 0: none are."""
+    first_row: int = 0
+    """Where it begins in its tensors."""
+    num_rows: int = 0
+    """Of its tensors, which may hold other parameters too."""
 
     @property
     def names(self) -> list[str]:
@@ -43,20 +48,25 @@ class Parameter:
         return NUM_INPUTS.get(self.path.rpartition("/")[2], 0)
 
     @property
-    def published_shape(self) -> tuple[int, ...]:
-        """The shape of each tensor."""
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape of its part of each tensor."""
         if self._inputs:
             return math.prod(self.shape[self._inputs :]), math.prod(self.shape[: self._inputs])
         return self.shape if self.path == "embedding" else (math.prod(self.shape),)
+
+    @property
+    def published_shape(self) -> tuple[int, ...]:
+        """The shape of each tensor."""
+        return (self.num_rows, *self.own_shape[1:])
 
     def published_index(self, index: Index) -> Index:
         """The part of a tensor that holds this part of one layer."""
         if self.path == "embedding":
             return index
         parts = [(s.indices(size)[:2], size) for s, size in zip(index, self.shape, strict=True)]
-        if self._inputs:
-            return _folded(parts[self._inputs :]), _folded(parts[: self._inputs])
-        return (_folded(parts),)
+        rows = _folded(parts[self._inputs :])
+        rows = slice(rows.start + self.first_row, rows.stop + self.first_row)
+        return (rows, _folded(parts[: self._inputs])) if self._inputs else (rows,)
 
     def from_published(self, array: np.ndarray, index: Index) -> np.ndarray:
         """The part of one layer, from what `published_index` read."""
@@ -64,10 +74,10 @@ class Parameter:
         return (array.T if self._inputs else array).reshape(shape)
 
     def to_published(self, array: np.ndarray) -> np.ndarray:
-        """A whole layer as its tensor."""
+        """A whole layer as its part of its tensor."""
         if self._inputs:
-            return array.reshape(self.published_shape[::-1]).T
-        return array.reshape(self.published_shape)
+            return array.reshape(self.own_shape[::-1]).T
+        return array.reshape(self.own_shape)
 
 
 def _folded(parts: list[tuple[tuple[int, int], int]]) -> slice:
@@ -84,13 +94,27 @@ def _folded(parts: list[tuple[tuple[int, int], int]]) -> slice:
 
 
 def parameters(family: Family, config: ModelConfig) -> Iterator[Parameter]:
-    """Every parameter of a model, in an order of names."""
-    shapes = abstract_params(config, jnp.float32)[0]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        name = "/".join(entry.key for entry in path)
-        in_layers = name.startswith(LAYERS)
-        shape = leaf.shape[1:] if in_layers else leaf.shape
-        yield Parameter(name, shape, family.tensor(name), config.num_layers if in_layers else 0)
+    """Every parameter of a model, in an order of names; those of one tensor follow each other as they lie in it."""
+    groups: dict[str, list[tuple[int, Parameter]]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config, jnp.float32)[0]):
+        keys = [entry.key for entry in path]
+        kind = "/".join(key for key in keys if not key.isdigit())
+        number = next((key for key in keys if key.isdigit()), "{}")
+        stacked = kind.startswith(LAYERS) and config.uniform
+        shape, name = leaf.shape[1:] if stacked else leaf.shape, family.tensor(kind).format(number)
+        parameter = Parameter("/".join(keys), shape, name, config.num_layers if stacked else 0)
+        groups.setdefault(name, []).append((family.place(kind), parameter))
+    for members in groups.values():
+        group = [parameter for _, parameter in sorted(members, key=lambda member: member[0])]
+        num_rows, row = sum(parameter.own_shape[0] for parameter in group), 0
+        for parameter in group:
+            yield dataclasses.replace(parameter, first_row=row, num_rows=num_rows)
+            row += parameter.own_shape[0]
+
+
+def by_tensor(parameters: Iterable[Parameter]) -> list[list[Parameter]]:
+    """Parameters in groups that share their tensors."""
+    return [list(group) for _, group in itertools.groupby(parameters, key=lambda parameter: parameter.name)]
 
 
 def at(tree: Any, path: str) -> Any:

@@ -15,18 +15,21 @@ import jax.numpy as jnp
 
 Block = Callable[[Any, Any, Any], Any]
 """(one layer's parameters, carry, context) to the carry behind the layer: arrays of the same shapes."""
+Blocks = Block | tuple[Block, ...]
+"""One for all layers, whose parameters are stacked ([N, ...] each); or one for each, whose parameters lie in a
+dictionary at its number (`"0"`, `"1"`, …)."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def run_adding(block: Block, unrolled: bool, layers: Any, sums: Any, carry: Any, context: Any) -> Any:
-    """The carry behind N layers, whose parameters are stacked in `layers` ([N, ...] each).
+def run_adding(blocks: Blocks, unrolled: bool, layers: Any, sums: Any, carry: Any, context: Any) -> Any:
+    """The carry behind N layers, whose parameters are `layers`: stacked, or each by itself; the latter are unrolled.
 
     The gradient by `sums` (a tree like `layers`) *is* the new sums: `sums` and the gradient by `layers` added up, in
     the type of `sums`. There is no gradient by `layers` itself, nor by `context`. What a layer keeps for the backward
-    pass is up to `block` (`jax.checkpoint`); parameters and context are not kept again for each layer. `unrolled`
+    pass is up to its block (`jax.checkpoint`); parameters and context are not kept again for each layer. `unrolled`
     layers are compiled one after the other instead of as a loop.
     """
-    return _forward(block, unrolled, layers, sums, carry, context)[0]
+    return _forward(blocks, unrolled, layers, sums, carry, context)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +55,8 @@ def _with(pull: _Pull, at_hand: list[Any]) -> Any:
     return jax.tree.unflatten(pull.structure, [at_hand[p] if p >= 0 else next(kept) for p in pull.known])
 
 
-def _forward(block: Block, unrolled: bool, layers: Any, sums: Any, carry: Any, context: Any) -> tuple[Any, Any]:
-    def run(carry: Any, layer: Any) -> tuple[Any, _Pull]:
+def _forward(blocks: Blocks, unrolled: bool, layers: Any, sums: Any, carry: Any, context: Any) -> tuple[Any, Any]:
+    def run(carry: Any, layer: Any, block: Any = blocks) -> tuple[Any, _Pull]:
         # The context is an argument too: what a function closes over does not come back as itself.
         carry, pull = jax.vjp(block, layer, carry, context)
         return carry, _without(pull, jax.tree.leaves((layer, context)))
@@ -62,14 +65,23 @@ def _forward(block: Block, unrolled: bool, layers: Any, sums: Any, carry: Any, c
         carry, pulls = jax.lax.scan(run, carry, layers)
         return carry, (layers, sums, pulls, context)
     pulls = []
-    for number in range(_depth(layers)):
-        carry, pull = run(carry, _layer(layers, number))
+    each = blocks if isinstance(blocks, tuple) else (blocks,) * _depth(layers)
+    for number, block in enumerate(each):
+        layer = layers[str(number)] if isinstance(blocks, tuple) else _layer(layers, number)
+        carry, pull = run(carry, layer, block)
         pulls.append(pull)
     return carry, (layers, sums, pulls, context)
 
 
-def _backward(block: Block, unrolled: bool, saved: Any, grad: Any) -> tuple[Any, ...]:
+def _backward(blocks: Blocks, unrolled: bool, saved: Any, grad: Any) -> tuple[Any, ...]:
     layers, sums, pulls, context = saved
+    if isinstance(blocks, tuple):
+        for number in reversed(range(len(blocks))):
+            name = str(number)
+            by_layer, grad, _ = _with(pulls[number], jax.tree.leaves((layers[name], context)))(grad)
+            added = jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums[name], by_layer)
+            sums = sums | {name: added}
+        return None, sums, grad, None
 
     def add(carry: tuple[Any, Any], number: Any) -> tuple[tuple[Any, Any], None]:
         grad, sums = carry

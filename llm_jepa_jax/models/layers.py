@@ -25,6 +25,21 @@ class Cache:
 
     key_NxBxSxKxh: Any
     value_NxBxSxKxh: Any
+    first: int = dataclasses.field(default=0, metadata={"static": True})
+    """Its first layer; layers of different shapes have a cache of their own each."""
+
+    def write(self, layer: Any, slot: Any, key_Bx1xKxh: Any, value_Bx1xKxh: Any) -> "Cache":
+        """With one token's keys and values of one layer at `slot`; in place inside a jitted loop."""
+        start = (layer - self.first, 0, slot, 0, 0)
+        return Cache(
+            jax.lax.dynamic_update_slice(self.key_NxBxSxKxh, key_Bx1xKxh[None], start),
+            jax.lax.dynamic_update_slice(self.value_NxBxSxKxh, value_Bx1xKxh[None], start),
+            self.first,
+        )
+
+    def read(self, layer: Any) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of one layer, [B, S, K, h] each."""
+        return self.key_NxBxSxKxh[layer - self.first], self.value_NxBxSxKxh[layer - self.first]
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +74,8 @@ class Carry:
     """What goes from block to block."""
 
     hidden_RxLxD: Any
-    cache: Cache | None
+    cache: Any
+    """A `Cache`, or a tuple of one for each layer where layers differ in shape."""
     layer: Any
     """int32 scalar: blocks behind."""
     states: tuple[Any, ...]
@@ -166,8 +182,8 @@ class Block(DecoderModule):
                 self.attention, self.longest_segment, config.window, cap, windowed,
             )  # fmt: skip
         else:
-            cache = _write(cache, carry.layer, decoding.slot, key_RxLxKxh, value_RxLxKxh)
-            keys, values = cache.key_NxBxSxKxh[carry.layer], cache.value_NxBxSxKxh[carry.layer]
+            cache = cache.write(carry.layer, decoding.slot, key_RxLxKxh, value_RxLxKxh)
+            keys, values = cache.read(carry.layer)
             allowed_Bx1xS = decoding.allowed(seen_back(config.window, windowed))[:, None, :]
             mixed_RxLxHxh = attend_masked(query_RxLxHxh, keys, values, allowed_Bx1xS, cap)
         shape = (config.num_heads, config.head_dim, config.embed_dim)
@@ -223,6 +239,28 @@ BLOCKS = {"sequential": Block, "parallel": ParallelBlock}
 """By `model.block`."""
 
 
+class SeparateLayers(Block):
+    """Blocks of different shapes, one after the other; the parameters and the cache of each are its own."""
+
+    block: Any = None
+    """Their class."""
+
+    @nn.compact
+    def __call__(
+        self, carry: Carry, tables: Any, layout: Layout | None, decoding: Decoding | None
+    ) -> tuple[Carry, list[Any]]:
+        kept, caches = [], []
+        rest = self.param_dtype, self.attention, self.longest_segment, self.keep_kv, self.wanted
+        for number in range(self.config.num_layers):
+            block = self.block(self.config.layer(number), *rest, name=str(number))
+            own = carry.cache and carry.cache[number]
+            after, arrays = block(dataclasses.replace(carry, cache=own), tables, layout, decoding)
+            carry = dataclasses.replace(after, cache=carry.cache)
+            caches.append(after.cache)
+            kept.append(arrays)
+        return dataclasses.replace(carry, cache=carry.cache and tuple(caches)), kept
+
+
 def _windowed(config: ModelConfig, layer: jax.Array) -> jax.Array | None:
     """bool scalar: whether this layer has the window; None where all layers do alike."""
     pattern = config.window_pattern
@@ -238,12 +276,3 @@ def _rotated(query: jax.Array, key: jax.Array, tables: Any, windowed: jax.Array 
     if local is not None:
         chosen = local if windowed is None else jax.tree.map(lambda a, b: jnp.where(windowed, a, b), local, chosen)
     return apply_rotary(query, chosen), apply_rotary(key, chosen)
-
-
-def _write(cache: Cache, layer: Any, slot: Any, key_Bx1xKxh: Any, value_Bx1xKxh: Any) -> Cache:
-    """Puts one token's keys and values of one layer at `slot`; in place inside a jitted loop."""
-    start = (layer, 0, slot, 0, 0)
-    return Cache(
-        jax.lax.dynamic_update_slice(cache.key_NxBxSxKxh, key_Bx1xKxh[None], start),
-        jax.lax.dynamic_update_slice(cache.value_NxBxSxKxh, value_Bx1xKxh[None], start),
-    )

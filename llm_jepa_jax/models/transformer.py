@@ -5,7 +5,8 @@ Parameters of a plain Llama: `embedding [V, D]`, `layers/{attention_norm [N, D],
 key, value [N, D, K, h], out [N, H, h, D], mlp_norm [N, D], gate, up [N, D, F], down [N, F, D]}`, `final_norm [D]`, and
 `head [D, V]` unless embeddings are tied. What other models have besides: `X_bias` for a matrix or norm X,
 `attention_post_norm`, `mlp_post_norm [N, D]`, `query_norm`, `key_norm` ([N, h], or [N, H, h] and [N, K, h] over all
-heads), and one `norm [N, D]` in a parallel block.
+heads), and one `norm [N, D]` in a parallel block. Layers of different shapes are not stacked: layer 3 has
+`layers/3/query [D, H, h]`, and so on.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ from flax import linen as nn
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.adding import run_adding
-from llm_jepa_jax.models.layers import BLOCKS, Cache, Carry, DecoderModule, Decoding, Layout
+from llm_jepa_jax.models.layers import BLOCKS, Cache, Carry, DecoderModule, Decoding, Layout, SeparateLayers
 from llm_jepa_jax.models.ops import PRODUCT, rotary_tables
 from llm_jepa_jax.parallel.sharding import constrain
 
@@ -48,7 +49,7 @@ class Decoder(DecoderModule):
         tokens_RxL: jax.Array,
         positions_RxL: jax.Array,
         layout: Layout | None,
-        cache: Cache | None = None,
+        cache: Any = None,
         decoding: Decoding | None = None,
         layer_sums: Any = None,
     ) -> tuple[tuple[jax.Array, ...], Any]:
@@ -65,10 +66,10 @@ class Decoder(DecoderModule):
         carry = Carry(embedded_RxLxD, cache, jnp.zeros((), jnp.int32), (jnp.zeros_like(embedded_RxLxD),) * len(inner))
         context = (rotary_tables(config, positions_RxL), layout, decoding)
         if layer_sums is None:
-            carry, kept = self._scanned(inner)(carry, *context)
+            carry, kept = self._layers(inner)(carry, *context)
         else:
             layers, kept = self.variables["params"]["layers"], None
-            carry = run_adding(self._block(inner), self._unrolled, layers, layer_sums, carry, context)
+            carry = run_adding(self._blocks(inner), self._unrolled, layers, layer_sums, carry, context)
         raw = {0: embedded_RxLxD, config.num_layers: carry.hidden_RxLxD} | dict(zip(inner, carry.states, strict=True))
         final_norm = self.norm("final_norm", config.embed_dim)
         wanted = self.states or ((config.num_layers, True),)
@@ -81,16 +82,23 @@ class Decoder(DecoderModule):
 
     @property
     def _unrolled(self) -> bool:
-        return self.config.num_layers <= UNROLLED_LAYERS and self.remat == "none"
+        return not self.config.uniform or (self.config.num_layers <= UNROLLED_LAYERS and self.remat == "none")
 
     def _fields(self, inner: tuple[int, ...]) -> tuple[Any, ...]:
         return self.config, self.param_dtype, self.attention, self.longest_segment, self.keep_kv, inner
 
-    def _scanned(self, inner: tuple[int, ...]) -> Any:
+    @property
+    def _remat(self) -> dict[str, Any]:
+        # A scan needs no barrier against common subexpressions; layers compiled one after the other do.
+        return {"policy": REMAT_POLICIES[self.remat], "prevent_cse": not self.config.uniform}
+
+    def _layers(self, inner: tuple[int, ...]) -> Any:
         """All blocks, one after the other."""
         block = BLOCKS[self.config.block]
         if self.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)  # a scan needs no barrier
+            block = nn.remat(block, **self._remat)
+        if not self.config.uniform:
+            return SeparateLayers(*self._fields(inner), block, name="layers")
         return nn.scan(
             block,
             variable_axes={"params": 0},
@@ -101,16 +109,21 @@ class Decoder(DecoderModule):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(*self._fields(inner), name="layers")
 
-    def _block(self, inner: tuple[int, ...]) -> Any:
-        """One block as a function of its parameters, the carry, and (rotary tables, layout, nothing)."""
-        block = BLOCKS[self.config.block](*self._fields(inner), parent=None)
+    def _blocks(self, inner: tuple[int, ...]) -> Any:
+        """What `run_adding` runs: one block for all layers, or one for each where they differ in shape."""
+        _, *rest = self._fields(inner)
+        if self.config.uniform:
+            return self._block(self.config, *rest)
+        return tuple(self._block(self.config.layer(number), *rest) for number in range(self.config.num_layers))
+
+    def _block(self, *fields: Any) -> Any:
+        """A block as a function of its parameters, the carry, and (rotary tables, layout, nothing)."""
+        block = BLOCKS[self.config.block](*fields, parent=None)
 
         def run(layer: Any, carry: Carry, context: Any) -> Carry:
             return block.apply({"params": layer}, carry, *context)[0]
 
-        if self.remat == "none":
-            return run
-        return jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return run if self.remat == "none" else jax.checkpoint(run, **self._remat)
 
 
 def _boxed(config: ModelConfig, param_dtype: Any) -> Any:
@@ -190,10 +203,11 @@ def head_kernel(params: Any, config: ModelConfig) -> jax.Array:
 
 def prefill(
     params: Any, config: ModelConfig, tokens_BxS: jax.Array, first_slot_B: jax.Array, num_slots: int, *, dtype: Any
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Any]:
     """Encodes left-padded prompts: hidden state of each last token [B, D], and a cache of `num_slots` slots.
 
-    `first_slot_B` is where each prompt begins; what lies before is padding.
+    `first_slot_B` is where each prompt begins; what lies before is padding. The cache is a `Cache`, or a tuple of one
+    for each layer where layers differ in shape.
     """
     slots_S = jnp.arange(tokens_BxS.shape[1])
     positions_BxS = jnp.maximum(slots_S - first_slot_B[:, None], 0)
@@ -201,7 +215,14 @@ def prefill(
     decoder = Decoder(config, jnp.float32, dtype=dtype, keep_kv=True)
     (hidden_BxSxD,), kept = decoder.apply({"params": params}, tokens_BxS, positions_BxS, Layout(segments_BxS))
     room = ((0, 0), (0, 0), (0, num_slots - tokens_BxS.shape[1]), (0, 0), (0, 0))
-    return hidden_BxSxD[:, -1], Cache(*(jnp.pad(array, room) for array in kept))
+
+    def cache(kept: Any, first: int = 0) -> Cache:
+        return Cache(*(jnp.pad(array, room) for array in kept), first)
+
+    if config.uniform:
+        return hidden_BxSxD[:, -1], cache(kept)
+    each = (cache([array[None] for array in arrays], number) for number, arrays in enumerate(kept))
+    return hidden_BxSxD[:, -1], tuple(each)
 
 
 def decode_step(
@@ -210,12 +231,12 @@ def decode_step(
     token_B: jax.Array,
     slot: jax.Array,
     first_slot_B: jax.Array,
-    cache: Cache,
+    cache: Any,
     *,
     dtype: Any,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Any]:
     """Hidden state [B, D] of one new token a prompt, written at `slot` of the cache."""
-    slots_S = jnp.arange(cache.key_NxBxSxKxh.shape[2])
+    slots_S = jnp.arange(jax.tree.leaves(cache)[0].shape[2])
     allowed_BxS = (slots_S <= slot) & (slots_S >= first_slot_B[:, None])
     positions_Bx1 = (slot - first_slot_B)[:, None]
     decoder = Decoder(config, jnp.float32, dtype=dtype)

@@ -23,7 +23,7 @@ class Family:
     parts: tuple[Part, ...]
     names: Mapping[str, str]
     """Our parameters (`layers/query`) to published tensors, weights without their `.weight`; a name ending in `_bias`
-    is its weight's with `.bias`."""
+    is its weight's with `.bias`. Parameters with the same tensor are its rows, one behind the other in this order."""
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Keys of `ModelConfig` that are the same in all its models, where they are not our defaults."""
     without_effect: tuple[str, ...] = ()
@@ -57,6 +57,10 @@ class Family:
         if parameter in self.names:
             return f"{self.names[parameter]}.weight"
         return f"{self.names[parameter.removesuffix('_bias')]}.bias"
+
+    def place(self, parameter: str) -> int:
+        """Where the parameter stands among those that share its tensor."""
+        return list(self.names).index(parameter if parameter in self.names else parameter.removesuffix("_bias"))
 
 
 SEQUENTIAL = {

@@ -49,6 +49,19 @@ class Fields:
             raise UserError(f"{self.place}: `{self.path(name)}` is {value!r}; it must be {kind.__name__}")
         return value
 
+    def numbers(self, name: str) -> list[float]:
+        """A list of numbers; a number alone is a list of one.
+
+        Raises:
+            UserError: it is missing, or holds something else.
+        """
+        if not isinstance(self._values.get(name), list):
+            return [self.take(name, float)]
+        values = self.take(name, list)
+        if not values or any(type(value) not in (int, float) for value in values):
+            raise UserError(f"{self.place}: `{self.path(name)}` is {values!r}; it must be numbers")
+        return [float(value) for value in values]
+
     def below(self, name: str) -> "Fields":
         """The section of that name; empty where it is absent or null."""
         return Fields(self.place, self.take(name, dict, {}), f"{self.path(name)}.")

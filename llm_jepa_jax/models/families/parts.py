@@ -11,7 +11,13 @@ from typing import Any, Protocol
 from llm_jepa_jax.config import ModelConfig, RopeScalingConfig
 from llm_jepa_jax.models.families.fields import Fields
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 """Published names to ours."""
 
 
@@ -68,6 +74,22 @@ class Flags:
 
 
 @dataclasses.dataclass(frozen=True)
+class Switch:
+    """A true or false field, false where it is absent, that stands for two values of a key of ours."""
+
+    field: str
+    key: str
+    on: Any
+    off: Any
+
+    def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
+        return {self.key: self.on if fields.take(self.field, bool, False) else self.off}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {self.field: getattr(config, self.key) == self.on}
+
+
+@dataclasses.dataclass(frozen=True)
 class Fixed:
     """A field that must have one value, or be absent."""
 
@@ -99,7 +121,8 @@ class Activation:
         return {"activation": self.known[name]}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        return {self.field: next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)}
+        names = (self.default, *ACTIVATIONS)
+        return {self.field: next(name for name in names if ACTIVATIONS[name] == config.activation)}
 
 
 @dataclasses.dataclass(frozen=True)
