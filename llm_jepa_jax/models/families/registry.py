@@ -12,10 +12,12 @@ from llm_jepa_jax.models.families.llama import LLAMA
 from llm_jepa_jax.models.families.mistral import MISTRAL
 from llm_jepa_jax.models.families.olmo import OLMO2
 from llm_jepa_jax.models.families.openelm import OPENELM
-from llm_jepa_jax.models.families.phi import PHI
+from llm_jepa_jax.models.families.phi import PHI, PHI3
 from llm_jepa_jax.models.families.qwen import QWEN2, QWEN3
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3, PHI, OPENELM)}
+FAMILIES = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, OLMO2, GEMMA2, GEMMA3, PHI, PHI3, OPENELM)
+}
 
 
 def read_model(place: str, values: dict[str, Any]) -> tuple[Family, ModelConfig]:
