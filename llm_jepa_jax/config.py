@@ -99,13 +99,17 @@ class InitConfig:
 class RopeScalingConfig:
     kind: str = key(
         "llama3",
-        "`llama3` (Llama 3.1) divides long wavelengths, `linear` all of them",
-        choices=("llama3", "linear"),
+        "`llama3` (Llama 3.1) and `yarn` (YaRN) stretch long wavelengths alone, `linear` all of them",
+        choices=("llama3", "linear", "yarn"),
     )
     factor: float = key(1.0, "what wavelengths are stretched by; 1: off")
     low_freq_factor: float = key(1.0, "llama3: wavelengths above original_max_positions / this are divided by `factor`")
     high_freq_factor: float = key(4.0, "llama3: wavelengths below original_max_positions / this are kept")
-    original_max_positions: int = key(8192, "llama3: context length before scaling", "tokens")
+    original_max_positions: int = key(8192, "llama3, yarn: context length before scaling", "tokens")
+    beta_fast: float = key(32.0, "yarn: wavelengths that turn this often in the original context, or oftener, are kept")
+    beta_slow: float = key(1.0, "yarn: wavelengths that turn this often, or less often, are stretched in full")
+    truncate: bool = key(True, "yarn: the two bounds are moved out to whole frequencies")
+    attention_factor: float = key(0.0, "yarn: factor of rotated queries and of keys; 0: 0.1 · ln(`factor`) + 1")
 
 
 @dataclasses.dataclass(frozen=True)

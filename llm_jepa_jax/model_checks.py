@@ -4,6 +4,13 @@
 from llm_jepa_jax.config import BY_LAYER, ModelConfig, RopeScalingConfig
 from llm_jepa_jax.errors import UserError
 
+OF_KIND = {
+    "linear": (),
+    "llama3": ("low_freq_factor", "high_freq_factor", "original_max_positions"),
+    "yarn": ("original_max_positions", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
+"""Keys of `model.rope_scaling` that each kind looks at."""
+
 
 def fail(key: str, value: object, why: str) -> None:
     """Refuses the value of a key.
@@ -63,6 +70,16 @@ def _check_scaling(scaling: RopeScalingConfig) -> None:
         fail("model.rope_scaling.factor", scaling.factor, "is below 1; use 1 (off) or more")
     if scaling.factor == 1:
         return
+    for key in {key for keys in OF_KIND.values() for key in keys} - set(OF_KIND[scaling.kind]):
+        value = getattr(scaling, key)
+        if value != getattr(RopeScalingConfig(), key):
+            fail(f"model.rope_scaling.{key}", value, f"has no effect with `model.rope_scaling.kind`={scaling.kind}")
+    if scaling.kind == "yarn" and not 0 < scaling.beta_slow < scaling.beta_fast:
+        fail("model.rope_scaling.beta_slow", scaling.beta_slow, f"is not between 0 and `beta_fast`={scaling.beta_fast}")
+    if scaling.attention_factor < 0:
+        fail(
+            "model.rope_scaling.attention_factor", scaling.attention_factor, "is negative; use 0 for that of the paper"
+        )
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     if scaling.kind == "llama3" and low >= high:
         fail("model.rope_scaling.low_freq_factor", low, f"is not below `model.rope_scaling.high_freq_factor`={high}")

@@ -11,6 +11,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+    "beta_fast": 8.0, "beta_slow": 0.5,
+}  # fmt: skip
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
 GEMMA = {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24}
 
@@ -25,6 +29,8 @@ CASES = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-windows": ("Qwen2", QWEN_WINDOW),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN | {"truncate": False, "mscale": 1.0, "mscale_all_dim": 0.4}}),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN}),
     "qwen3-windows-biased": ("Qwen3", {"head_dim": 16, "attention_bias": True, **QWEN_WINDOW}),
     "olmo2": ("Olmo2", {}),
     "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
@@ -53,6 +59,7 @@ CASES = {
     ),
     "stablelm": ("StableLm", {"partial_rotary_factor": 0.25, "use_qkv_bias": True}),
     "starcoder2": ("Starcoder2", {"sliding_window": 24, "num_key_value_heads": 3}),
+    "phi3": ("Phi3", {"sliding_window": 24}),
     "gemma3-untied": ("Gemma3Text", GEMMA | {"tie_word_embeddings": False, "num_hidden_layers": 2}),
 }  # fmt: skip
 """Name to the family's class and what it changes: heads in groups of 3, widths that are not D / H, windows of 24."""

@@ -11,7 +11,7 @@ import torch
 from tests.hf_models import make_model, reference
 
 PATH = pathlib.Path(__file__).parent / "data" / "hf_goldens.npz"
-CASES = ("llama3", "mistral", "qwen2-windows", "qwen3", "olmo2", "gemma2", "gemma3", "phi")
+CASES = ("llama3", "mistral", "qwen2-windows", "qwen3-yarn", "olmo2", "gemma2", "gemma3", "phi", "phi3")
 SMALL = {"vocab_size": 24, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2}
 
 

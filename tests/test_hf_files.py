@@ -201,8 +201,20 @@ DAMAGES = {
     "more layers": (lambda d: edit(d / "config.json", num_hidden_layers=3), "9 missing: model.layers.2.in.* 5 more"),
     "fewer layers": (lambda d: edit(d / "config.json", num_hidden_layers=1), "9 too many: model.layers.1."),
     "unknown rope": (
-        lambda d: edit(d / "config.json", rope_parameters={"rope_type": "yarn", "factor": 2.0}),
-        "`rope_parameters.rope_type` is 'yarn', which is not supported; known are default, linear and llama3",
+        lambda d: edit(d / "config.json", rope_parameters={"rope_type": "xpos", "factor": 2.0}),
+        "`rope_parameters.rope_type` is 'xpos', which is not supported; known are default, linear, llama3 and yarn",
+    ),
+    "rope by length": (
+        lambda d: edit(d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        "`rope_parameters.rope_type` is 'dynamic', which is not supported; its base follows the sequence's length",
+    ),
+    "rope of two lengths": (
+        lambda d: edit(d / "config.json", rope_parameters=None, rope_scaling={"type": "longrope"}),
+        "`rope_scaling.type` is 'longrope', which is not supported; its frequencies change where a sequence gets long",
+    ),
+    "yarn without effect": (
+        lambda d: edit(d / "config.json", rope_parameters={"rope_type": "yarn", "factor": 1.0, "attention_factor": 2}),
+        "`rope_parameters.attention_factor` is 2.0, which is not supported; it is above 0, and goes with a `factor`",
     ),
     "unknown rope field": (
         lambda d: edit(d / "config.json", rope_scaling={"type": "linear", "factor": 2.0, "b": 1}, rope_parameters=...),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jepa_jax.config import ModelConfig
+from llm_jepa_jax.config import ModelConfig, RopeScalingConfig
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -35,8 +35,9 @@ def rotary_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
     """float32 [r / 2] radians a position, r the rotated part of a head, scaled where that is on.
 
     `linear` divides all frequencies by `factor` (Chen et al., 2023). `llama3` (The Llama 3 Herd, section 3.2) divides
-    those of long wavelengths, keeps those of short ones, and blends between them linearly in frequency. `local` gives
-    those of windowed layers, which have their own base, unscaled, where the model has two.
+    those of long wavelengths, keeps those of short ones, and blends between them linearly in frequency. `yarn` (Peng et
+    al., 2023) does so linearly in the frequency's place. `local` gives those of windowed layers, which have their own
+    base, unscaled, where the model has two.
     """
     width = rotary_width(config)
     exponents = np.arange(0, width, 2, dtype=np.float64) / width
@@ -46,6 +47,9 @@ def rotary_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
     scaling = config.rope_scaling
     if scaling.factor != 1.0 and scaling.kind == "linear":
         frequencies = frequencies / scaling.factor
+    elif scaling.factor != 1.0 and scaling.kind == "yarn":
+        kept = _kept_by_yarn(scaling, config.rope_theta, width)
+        frequencies = frequencies * (kept + (1.0 - kept) / scaling.factor)
     elif scaling.factor != 1.0:
         turns = scaling.original_max_positions * frequencies / (2 * math.pi)
         span = scaling.high_freq_factor - scaling.low_freq_factor
@@ -54,13 +58,34 @@ def rotary_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
+def _kept_by_yarn(scaling: RopeScalingConfig, theta: float, width: int) -> np.ndarray:
+    """float64 [r / 2] from 1 (the frequency stays) to 0 (it is divided by the factor), r the rotated width."""
+
+    def place(turns: float) -> float:
+        # Of the frequency that turns so often within the original context.
+        return width * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = place(scaling.beta_fast), place(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    return 1.0 - np.clip((np.arange(width // 2) - low) / (high - low or 0.001), 0.0, 1.0)
+
+
+def rotary_scale(scaling: RopeScalingConfig) -> float:
+    """What rotated queries and keys are multiplied by: YaRN's temperature of attention."""
+    if scaling.kind != "yarn" or scaling.factor == 1.0:
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+
+
 def rotary_width(config: ModelConfig) -> int:
     """How many places of a head are rotated."""
     return int(config.head_dim * config.rope_share)
 
 
 Tables = tuple[jax.Array, jax.Array]
-"""cos and sin of each position's angles, float32 [R, L, r / 2] each."""
+"""cos and sin of each position's angles, times YaRN's factor, float32 [R, L, r / 2] each."""
 
 
 def rotary_tables(config: ModelConfig, positions_RxL: jax.Array) -> tuple[Tables, Tables | None]:
@@ -69,7 +94,10 @@ def rotary_tables(config: ModelConfig, positions_RxL: jax.Array) -> tuple[Tables
 
     def tables(local: bool) -> Tables:
         angles = wide_RxLx1 * rotary_frequencies(config, local)
-        return jnp.cos(angles), jnp.sin(angles)
+        scale = 1.0 if local else rotary_scale(config.rope_scaling)
+        return (
+            (jnp.cos(angles), jnp.sin(angles)) if scale == 1.0 else (jnp.cos(angles) * scale, jnp.sin(angles) * scale)
+        )
 
     return tables(False), tables(True) if config.local_rope_theta else None
 

@@ -5,6 +5,7 @@ Whether a family can say a model is found by writing and reading it again, so `w
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -154,6 +155,13 @@ SIZES: tuple[Part, ...] = (
 """What every family has."""
 
 
+REFUSED = {
+    "dynamic": "its base follows the sequence's length, so packed segments and cached keys have no fixed angles",
+    "longrope": "its frequencies change where a sequence gets long, so segments and cached keys have no fixed angles",
+}
+"""Types of scaling that exist, and why they are not here."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary settings in either spelling, `rope_parameters` or `rope_theta` with `rope_scaling`; both are written."""
@@ -162,12 +170,14 @@ class Rope:
     """The base where the file has none."""
     share: float = 1.0
     """The rotated share of a head where the file has none."""
+    scaled: bool = True
+    """Whether the family knows scaling as it is here."""
 
     def read(self, fields: Fields, known: dict[str, Any]) -> dict[str, Any]:
         theta = fields.take("rope_theta", float, None)
         share = fields.take("partial_rotary_factor", float, None)
         old, new = fields.below("rope_scaling"), fields.below("rope_parameters")
-        scaling, found = read_scaling(old), read_scaling(new)
+        scaling, found = (read_scaling(section, known["max_positions"]) for section in (old, new))
         if found is not None:
             if scaling not in (None, found):
                 raise fields.refuse("rope_parameters", "not what `rope_scaling` says", "make the two agree")
@@ -176,6 +186,8 @@ class Rope:
         share = _agreed(new, "partial_rotary_factor", share)
         old.finish()
         new.finish()
+        if scaling and not self.scaled and scaling.factor != 1.0:
+            raise fields.refuse("rope_scaling", scaling.kind, "this family means another scaling by that name")
         if share is not None and self.share == 1.0 != share:
             raise fields.refuse("partial_rotary_factor", share, "heads of this family are rotated whole")
         return {
@@ -199,7 +211,7 @@ def _agreed(fields: Fields, name: str, outside: float | None) -> float | None:
     return inside
 
 
-def read_scaling(fields: Fields) -> RopeScalingConfig | None:
+def read_scaling(fields: Fields, max_positions: int) -> RopeScalingConfig | None:
     """The scaling in `rope_scaling` or `rope_parameters`; None where it names none.
 
     Raises:
@@ -214,26 +226,46 @@ def read_scaling(fields: Fields) -> RopeScalingConfig | None:
         return RopeScalingConfig()
     if kind == "linear":
         return RopeScalingConfig("linear", fields.take("factor", float))
+    if kind == "yarn":
+        return _read_yarn(fields, max_positions)
     if kind != "llama3":
-        raise fields.refuse(name, kind, "known are default, linear and llama3")
+        raise fields.refuse(name, kind, REFUSED.get(kind, "known are default, linear, llama3 and yarn"))
     low, high = (fields.take(f"{end}_freq_factor", float) for end in ("low", "high"))
     positions = fields.take("original_max_position_embeddings", int)
     return RopeScalingConfig("llama3", fields.take("factor", float), low, high, positions)
+
+
+def _read_yarn(fields: Fields, max_positions: int) -> RopeScalingConfig:
+    """YaRN, with the factor of attention that `mscale` and `mscale_all_dim` give where they say it."""
+    positions = fields.take("original_max_position_embeddings", int, max_positions)
+    factor = fields.take("factor", float, max_positions / positions)
+    fast, slow = fields.take("beta_fast", float, 32.0), fields.take("beta_slow", float, 1.0)
+    attention, given = fields.take("attention_factor", float, 0.0), "attention_factor"
+    scales = [fields.take(name, float, 0.0) for name in ("mscale", "mscale_all_dim")]
+    if not attention and all(scales):
+        over, under = (0.1 * scale * math.log(factor) + 1.0 for scale in scales)
+        attention, given = over / under, "mscale"
+    if attention < 0 or (factor == 1.0 and attention not in (0.0, 1.0)):
+        raise fields.refuse(given, attention, "it is above 0, and goes with a `factor` above 1")
+    truncate = fields.take("truncate", bool, True)
+    return RopeScalingConfig(
+        "yarn", factor, original_max_positions=positions, beta_fast=fast, beta_slow=slow, truncate=truncate,
+        attention_factor=attention,
+    )  # fmt: skip
 
 
 def write_scaling(scaling: RopeScalingConfig) -> dict[str, Any] | None:
     """The fields of a scaling; None where there is none."""
     if scaling.factor == 1.0:
         return None
+    values = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "linear":
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_positions,
-    }
+        return values
+    values |= {"original_max_position_embeddings": scaling.original_max_positions}
+    if scaling.kind == "llama3":
+        return values | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    values |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+    return values | ({"attention_factor": scaling.attention_factor} if scaling.attention_factor else {})
 
 
 TYPES = {"sliding_attention": "L", "full_attention": "G"}

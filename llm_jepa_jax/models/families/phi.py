@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phi 1 and 1.5: attention and MLP side by side, LayerNorm, biases everywhere, part of each head rotated."""
+"""Phi 1 and 1.5 (attention and MLP side by side, LayerNorm, biases, part of each head rotated); Phi 3 and 4 (fused)."""
 
-from llm_jepa_jax.models.families.family import LAYER, Family
-from llm_jepa_jax.models.families.parts import SIZES, Activation, Fixed, Rope, Value
+from llm_jepa_jax.models.families.family import LAYER, SEQUENTIAL, Family
+from llm_jepa_jax.models.families.parts import SIZES, Activation, Fixed, Rope, SlidingWindow, Value
 
 PHI = Family(
     model_type="phi",
@@ -37,4 +37,22 @@ PHI = Family(
         "head_bias": True,
     },
     without_effect=("embd_pdrop", "resid_pdrop"),
+)
+
+PHI3 = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    parts=(
+        *SIZES,
+        Value("rms_norm_eps", "norm_eps", 1e-5),
+        Value("tie_word_embeddings", "tie_embeddings", False),
+        Activation(),
+        Rope(scaled=False),
+        SlidingWindow(default=0),
+        Fixed("attention_bias", False),
+    ),
+    names=SEQUENTIAL
+    | dict.fromkeys(("layers/query", "layers/key", "layers/value"), f"{LAYER}.self_attn.qkv_proj")
+    | dict.fromkeys(("layers/gate", "layers/up"), f"{LAYER}.mlp.gate_up_proj"),
+    without_effect=("embd_pdrop", "resid_pdrop", "original_max_position_embeddings"),
 )

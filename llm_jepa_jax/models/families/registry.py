@@ -12,13 +12,14 @@ from llm_jepa_jax.models.families.llama import LLAMA
 from llm_jepa_jax.models.families.mistral import MINISTRAL, MISTRAL
 from llm_jepa_jax.models.families.olmo import OLMO2, OLMO3
 from llm_jepa_jax.models.families.openelm import OPENELM
-from llm_jepa_jax.models.families.phi import PHI
+from llm_jepa_jax.models.families.phi import PHI, PHI3
 from llm_jepa_jax.models.families.qwen import QWEN2, QWEN3
 from llm_jepa_jax.models.families.stablelm import STABLELM
 from llm_jepa_jax.models.families.starcoder import STARCODER2
 
 _KNOWN = (
-    LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3, PHI, OPENELM, STABLELM, STARCODER2,
+    LLAMA, MISTRAL, MINISTRAL, QWEN2, QWEN3, OLMO2, OLMO3, GEMMA, GEMMA2, GEMMA3, PHI, PHI3, OPENELM, STABLELM,
+    STARCODER2,
 )  # fmt: skip
 FAMILIES = {family.model_type: family for family in _KNOWN}
 
