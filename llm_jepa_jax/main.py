@@ -108,7 +108,7 @@ def run(argv: list[str]) -> dict[str, object]:
     values = parse(argv)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read an absl flag
-    from llm_jepa_jax import modes  # JAX starts here, after wrong flags have been refused
+    from llm_jepa_jax import modes, publish  # JAX starts here, after wrong flags have been refused
 
     workdir = pathlib.Path(values.workdir)
     if values.mode == "train":
@@ -118,7 +118,7 @@ def run(argv: list[str]) -> dict[str, object]:
     if values.mode == "generate":
         return modes.generate(values.config, workdir, values.prompt or [line.rstrip("\n") for line in sys.stdin])
     if values.mode == "export":
-        return modes.export(values.config, workdir, values.out)
+        return publish.export(values.config, workdir, values.out)
     return modes.inspect(values.config, workdir, values.rows)
 
 

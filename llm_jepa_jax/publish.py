@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modes of the command line that deal in published models: each returns its last line of output as an object."""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from llm_jepa_jax.checkpoint.hf_export import ExportSettings
+from llm_jepa_jax.config import freeze
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.run_directory import export_run, open_run
+
+
+def export(values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str) -> dict[str, Any]:
+    """Writes the newest checkpoint of a run as a published model."""
+    if not out:
+        raise UserError("--mode=export: no directory to write; pass --out=DIR")
+    run = open_run(workdir, freeze(values))
+    files = export_run(run, pathlib.Path(out).expanduser(), ExportSettings())
+    return {"step": run.step, "out": out, "weight_files": files, "workdir": str(workdir)}
