@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modes of the command line that deal in published models: each returns its last line of output as an object."""
+"""`--mode=export`: a run as a published model."""
 
 import pathlib
 from typing import Any
