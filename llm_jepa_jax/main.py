@@ -12,6 +12,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.logging import RichHandler
 
+from llm_jepa_jax.checkpoint.export_settings import DTYPES, PREDICTOR_ROWS, SHARD_BYTES, ExportSettings
 from llm_jepa_jax.checkpoint.quiet import quiet_failed_writes
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.huge_pages import use_huge_pages
@@ -21,7 +22,7 @@ MODES = ("train", "eval", "generate", "export", "verify", "inspect")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
 FLAGS_OF_MODES = {
     "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify"), "against": ("verify",),
-    "max_positions": ("verify",),
+    "max_positions": ("verify",), "dtype": ("export",), "shard_bytes": ("export",), "predictor_rows": ("export",),
 }  # fmt: skip
 """Flags that not every mode takes."""
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -40,6 +41,12 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
         "out", "", "export: the directory to write; verify: where to put verify.png and verify.json", flag_values=values
     )
+    flags.DEFINE_enum("dtype", "", ("", *DTYPES), "export: type of the weights; empty: as they are", flag_values=values)
+    flags.DEFINE_integer("shard_bytes", SHARD_BYTES, "export: most bytes of a file", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum(
+        "predictor_rows", "keep", PREDICTOR_ROWS,
+        "export: rows of predictor tokens that the checkpoint did not have", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_string("against", "", "verify: the other model, a run's or a published directory", flag_values=values)
     flags.DEFINE_integer("max_positions", 10240, "verify: tokens of the longest sequence", flag_values=values)
     flags.DEFINE_integer("rows", 3, "inspect: how many rows to show", lower_bound=1, flag_values=values)
@@ -138,7 +145,8 @@ def run(argv: list[str]) -> dict[str, object]:
     if values.mode == "generate":
         return modes.generate(values.config, workdir, values.prompt or [line.rstrip("\n") for line in sys.stdin])
     if values.mode == "export":
-        return publish.export(values.config, workdir, values.out)
+        settings = ExportSettings(values.dtype, values.shard_bytes)
+        return publish.export(values.config, workdir, values.out, settings, values.predictor_rows)
     return modes.inspect(values.config, workdir, values.rows)
 
 

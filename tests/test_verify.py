@@ -21,7 +21,7 @@ from tests.conftest import small_config
 from tests.test_hf_files import MODEL, write
 from tests.test_initial import QUICK
 
-DEEP = dataclasses.replace(MODEL, num_layers=3, tie_embeddings=False, max_positions=256)
+DEEP = dataclasses.replace(MODEL, num_layers=3, tie_embeddings=False, max_positions=128)
 
 
 @pytest.fixture(scope="module")
