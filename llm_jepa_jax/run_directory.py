@@ -201,7 +201,7 @@ def export_run(run: Run, directory: pathlib.Path, settings: ExportSettings, pred
     beside = companions(tokenizer, source, with_new)
     dtype = settings.dtype or run.params["embedding"].dtype.name
     exported = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=rows))
-    card = card_files(CardFacts(exported, run.step, run.workdir, source, tokenizer, dtype))
+    card = card_files(CardFacts(exported, run.step, run.workdir, source, tokenizer, dtype, with_new))
     settings = dataclasses.replace(
         settings, num_tokens=rows, token_ids=beside.token_ids, files=beside.files | card
     )  # fmt: skip

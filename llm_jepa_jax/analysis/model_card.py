@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import pathlib
+import shlex
 from typing import Any
 
 import llm_jepa_jax
@@ -39,6 +40,8 @@ class CardFacts:
     tokenizer: Tokenizer | None
     dtype: str
     """Of the weights."""
+    with_new: bool
+    """The export has the rows of tokens that were added in training, and its tokenizer knows them."""
 
     @property
     def base(self) -> str:
@@ -112,9 +115,8 @@ def _objectives(config: Config) -> list[str]:
     if jepa.weight:
         lines.append(
             f"LLM-JEPA ([arXiv 2509.14252](https://arxiv.org/abs/2509.14252)): λ = {jepa.weight:g}, "
-            f"k = {jepa.num_predictors} predictor tokens, distance {jepa.distance}, "
-            f"{jepa.direction.replace('_', ' ')}, layout {config.data.layout}, loss dropout α = {jepa.dropout:g} "
-            f"by {jepa.dropout_by}"
+            f"k = {jepa.num_predictors}, distance {jepa.distance}, {jepa.direction.replace('_', ' ')}, layout "
+            f"{config.data.layout}, loss dropout α = {jepa.dropout:g} by {jepa.dropout_by}"
         )
     if o.stp.weight:
         lines.append(
@@ -144,7 +146,7 @@ def _training(facts: CardFacts, workdir: pathlib.Path) -> str:
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)])
     return (
         "## Training\n\n" + "\n".join(f"- {line}" for line in _objectives(config)) + f"\n\n{table}\n\n"
-        f"What differs from the defaults, as flags of its command line:\n\n```\n{_overrides(config)}\n```\n\n"
+        f"What differs from the defaults, as flags of the command line:\n\n```\n{_overrides(config)}\n```\n\n"
         f"Every key is in [{TRAINING}]({TRAINING})."
     )
 
@@ -158,7 +160,7 @@ def _overrides(config: Config) -> str:
         for key, value in flatten(to_dict(config)).items()
         if value != defaults[key] and not key.startswith(skipped)
     }
-    return " ".join(f"--config.{key}={value}" for key, value in changed.items()) or "(nothing)"
+    return "\n".join(f"--config.{key}={shlex.quote(str(value))}" for key, value in changed.items()) or "(nothing)"
 
 
 def _scores(facts: CardFacts, workdir: pathlib.Path) -> str:
@@ -205,16 +207,15 @@ def _embeddings(facts: CardFacts) -> str:
     layer = "of the last layer" if jepa.layer in (-1, facts.config.model.num_layers) else f"of layer {jepa.layer}"
     norm = "after the final norm" if jepa.final_norm else "without the final norm"
     ids = tokenizer.predictor_ids[: 1 if jepa.shared_predictor else jepa.num_predictors]
-    ids = tuple(i for i in ids if i < facts.config.model.vocab_size)
+    known = facts.with_new or not tokenizer.new_ids
     where = {"append": "behind its content", "prepend": "before its content"}[jepa.placement]
     read = {"last": "the state at its end", "mean": "the mean of the states up to its end"}[jepa.pooling]
     end = {"content": "the last token of content or predictors", "turn": "the token that ends the turn"}[jepa.view_end]
     offset = f", {jepa.view_end_offset} tokens before it" if jepa.view_end_offset else ""
-    predictors = "no predictor tokens"
-    if jepa.num_predictors:
-        predictors = f"{jepa.num_predictors} predictor tokens (ids {', '.join(map(str, ids))}) {where}"
-    if jepa.num_predictors and not ids:
-        predictors = f"{jepa.num_predictors} predictor tokens {where}, whose rows this export has not"
+    named = f"(ids {', '.join(map(str, ids))})" if known else "(left out here)"
+    predictors = (
+        f"k = {jepa.num_predictors} predictor tokens {named} {where}" if jepa.num_predictors else "no predictors"
+    )
     return (
         f"## Embeddings\n\nThe {jepa.source} view (a turn of its own) has {predictors}; the {other} view has none. An "
         f"embedding is {read}, {layer}, {norm}; a view ends with {end}{offset}."
@@ -222,7 +223,7 @@ def _embeddings(facts: CardFacts) -> str:
 
 
 def _tokenizer(facts: CardFacts) -> str:
-    tokenizer, rows = facts.tokenizer, facts.config.model.vocab_size
+    tokenizer = facts.tokenizer
     if tokenizer is None:
         return ""
     new = tokenizer.new_ids
@@ -230,10 +231,12 @@ def _tokenizer(facts: CardFacts) -> str:
         said = "The files are the checkpoint's."
     elif not new:
         said = "Predictor tokens are tokens of the vocabulary; the files are as training used them."
-    elif max(new) < rows:
-        said = f"Ids {min(new)} to {max(new)} are predictor tokens that were added in training."
+    elif facts.with_new:
+        said = f"Ids {min(new)} to {max(new)} are predictor tokens, added in training; the files know them."
     else:
-        said = "The rows of predictor tokens, which were added in training, are left out."
+        said = (
+            "Predictor tokens were added in training; this export leaves them out, and the files are the checkpoint's."
+        )
     return f"## Tokenizer\n\n{said}"
 
 

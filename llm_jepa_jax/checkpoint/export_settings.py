@@ -4,6 +4,8 @@
 import dataclasses
 from typing import Any
 
+from llm_jepa_jax.errors import UserError
+
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 5_000_000_000
 PREDICTOR_ROWS = ("keep", "drop")
@@ -23,3 +25,10 @@ class ExportSettings:
     """What `config.json` says of tokens."""
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     """By name, written as they are."""
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` where a setting is wrong."""
+        if self.dtype not in ("", *DTYPES):
+            raise UserError(f"dtype={self.dtype!r}; use {', '.join(DTYPES)}, or nothing for that of the parameters")
+        if self.shard_bytes < 1:
+            raise UserError(f"shard_bytes={self.shard_bytes}; use the most bytes of a file, such as {SHARD_BYTES}")

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jepa_jax.checkpoint.companions import GENERATION
-from llm_jepa_jax.checkpoint.export_settings import DTYPES, ExportSettings
+from llm_jepa_jax.checkpoint.export_settings import ExportSettings
 from llm_jepa_jax.checkpoint.hf_directory import CONFIG, INDEX, SINGLE
 from llm_jepa_jax.checkpoint.hf_layout import Parameter, at, parameters
 from llm_jepa_jax.checkpoint.safetensors import Writer
@@ -31,14 +31,8 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path
     Every process takes part, and the first one writes. One tensor at a time is whole on the devices and on the host.
 
     Raises:
-        UserError: no family can say this model, the directory is not new, or a setting is wrong.
+        UserError: no family can say this model, or the directory is not new.
     """
-    if settings.dtype not in ("", *DTYPES):
-        raise UserError(f"dtype={settings.dtype!r}; use {', '.join(DTYPES)}, or nothing for that of the parameters")
-    if settings.shard_bytes < 1:
-        raise UserError(
-            f"shard_bytes={settings.shard_bytes}; use the most bytes that a file may hold, such as 5000000000"
-        )
     dtype = jnp.dtype(settings.dtype or params["embedding"].dtype)
     size = settings.num_tokens or config.vocab_size
     if not 0 < size <= config.vocab_size:

@@ -223,7 +223,7 @@ class PretrainedTokenizer(Tokenizer):
     def published_files(self, with_new: bool) -> dict[str, bytes]:
         allocation, changed = self.allocation, {}
         if with_new and self.new_ids:
-            changed = with_added_tokens(self.files, allocation.spellings)
+            changed = with_added_tokens(self.files, allocation.spellings, {*self._pieces.values()})
             allocation = dataclasses.replace(allocation, new_ids=())
         kept = {name: data for name, data in self.files.contents.items() if name != MODEL_CONFIG}
         return kept | changed | {RECORD: allocation.record()}

@@ -2,6 +2,7 @@
 """A tokenizer's files as an export has them: with tokens that a checkpoint did not know, or made from ours."""
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import tokenizers
@@ -14,16 +15,20 @@ from llm_jepa_jax.text.interface import TOKEN_IDS
 ADDED = "added_tokens.json"
 DECODER = "added_tokens_decoder"
 """Of `tokenizer_config.json`: added tokens by id."""
+INSTEAD = "export without the rows of new tokens (predictor_rows=drop)"
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
-def with_added_tokens(files: CheckpointFiles, added: dict[int, str]) -> dict[str, bytes]:
+def with_added_tokens(files: CheckpointFiles, added: dict[int, str], known: Collection[str]) -> dict[str, bytes]:
     """Those files that name added tokens, with these among them: `tokenizer.json`, where there is one, and what
-    `tokenizer_config.json` and `added_tokens.json` hold besides.
+    `tokenizer_config.json` and `added_tokens.json` hold besides. `known` are the pieces of the vocabulary.
 
     Raises:
         UserError: `tokenizers` would give a token another id, or the checkpoint has its spelling already.
     """
+    taken = [token for token in added.values() if token in known]
+    if taken:
+        raise UserError(f"{files.origin}: has a token {taken[0]} already; {INSTEAD}")
     changed: dict[str, bytes] = {}
     if TOKENIZER in files.contents:
         value = files.json(TOKENIZER)
@@ -35,7 +40,7 @@ def with_added_tokens(files: CheckpointFiles, added: dict[int, str]) -> dict[str
             if read.token_to_id(token) != index:
                 raise UserError(
                     f"{files.origin}/{TOKENIZER}: {token} would be id {read.token_to_id(token)}, not the {index} that "
-                    "the run was trained with; export with --predictor_rows=drop"
+                    f"the run was trained with; {INSTEAD}"
                 )
     config = files.json(CONFIG)
     if DECODER in config or TOKENIZER not in files.contents:
