@@ -2,6 +2,7 @@
 """The tokenizer and chat template of a Hugging Face checkpoint, read without `transformers`."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import pathlib
@@ -124,6 +125,14 @@ class PretrainedTokenizer(Tokenizer):
 
     def turns(self, messages: Sequence[Message]) -> tuple[list[int], list[Turn]]:
         laid = self.chat.template.lay(messages)
+        if len(messages) - 1 in laid.dropped:
+            raise UserError(
+                f"{self.files.origin}: the chat template leaves out the thought of the last answer: "
+                f"{messages[-1].content[:40]!r}; take thoughts out of the records, or name a template that keeps them "
+                "with text.chat_template"
+            )
+        if laid.dropped:
+            _say_dropped(self.files.origin)
         tokens = self._fast.encode_template(laid.text, laid.contents)
         turns: dict[int, Turn] = {}
         before = None
@@ -236,6 +245,12 @@ class PretrainedTokenizer(Tokenizer):
         target = directory / CHECKPOINT_DIRECTORY
         self.files.save(target)
         write_whole(target / RECORD, self.allocation.record())
+
+
+@functools.cache
+def _say_dropped(origin: str) -> None:
+    """Once."""
+    LOG.info("%s: the chat template leaves thoughts out of answers before the last; they are not trained on", origin)
 
 
 def load_pretrained(place: pathlib.Path, chat_template: str = "") -> PretrainedTokenizer:
