@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jepa_jax.checkpoint.export_settings import SHARD_BYTES, ExportSettings
 from llm_jepa_jax.checkpoint.hf_directory import is_published
-from llm_jepa_jax.checkpoint.hf_export import SHARD_BYTES, ExportSettings
 from llm_jepa_jax.checkpoint.hub import local_directory
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
@@ -108,20 +108,23 @@ class LanguageModel:
         return [self.tokenizer.decode(new) for new, _ in generator(self.run.params, ids)]
 
     def save_hf(
-        self, directory: str | pathlib.Path, *, dtype: str = "", shard_bytes: int = SHARD_BYTES, num_tokens: int = 0
+        self,
+        directory: str | pathlib.Path,
+        *,
+        dtype: str = "",
+        shard_bytes: int = SHARD_BYTES,
+        predictor_rows: str = "keep",
     ) -> None:
-        """Writes a directory that `transformers` and vLLM read: weights, `config.json`, generation settings.
+        """Writes a directory that `transformers` and vLLM read: weights, `config.json`, tokenizer, generation
+        settings and a model card.
 
         `dtype` is that of the weights (default: as they are), a file of several tensors holds up to `shard_bytes`, and
-        `num_tokens` keeps that many first rows of the vocabulary (0: all).
+        `predictor_rows="drop"` leaves out the rows of predictor tokens that the checkpoint did not have.
 
         Raises:
             UserError: no published family can say this model, the directory is not new, or an argument is wrong.
         """
-        if dtype not in ("", "float32", "bfloat16", "float16"):
-            raise UserError(f"dtype={dtype!r}; use float32, bfloat16 or float16")
-        settings = ExportSettings(dtype, shard_bytes, num_tokens)
-        export_run(self.run, pathlib.Path(directory).expanduser(), settings)
+        export_run(self.run, pathlib.Path(directory).expanduser(), ExportSettings(dtype, shard_bytes), predictor_rows)
 
 
 def load(directory: str | pathlib.Path) -> LanguageModel:

@@ -12,13 +12,19 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.logging import RichHandler
 
+from llm_jepa_jax.checkpoint.export_settings import DTYPES, PREDICTOR_ROWS, SHARD_BYTES, ExportSettings
 from llm_jepa_jax.checkpoint.quiet import quiet_failed_writes
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.huge_pages import use_huge_pages
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-MODES = ("train", "eval", "generate", "export", "inspect")
+MODES = ("train", "eval", "generate", "export", "verify", "inspect")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
+FLAGS_OF_MODES = {
+    "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify"), "against": ("verify",),
+    "max_positions": ("verify",), "dtype": ("export",), "shard_bytes": ("export",), "predictor_rows": ("export",),
+}  # fmt: skip
+"""Flags that not every mode takes."""
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LOG = logging.getLogger("llm_jepa_jax")
 
@@ -32,7 +38,17 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
     flags.DEFINE_string("workdir", None, "directory of the run (train: default runs/NAME)", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a prompt; without any, lines of stdin", flag_values=values)
-    flags.DEFINE_string("out", "", "export: the directory to write", flag_values=values)
+    flags.DEFINE_string(
+        "out", "", "export: the directory to write; verify: where to put verify.png and verify.json", flag_values=values
+    )
+    flags.DEFINE_enum("dtype", "", ("", *DTYPES), "export: type of the weights; empty: as they are", flag_values=values)
+    flags.DEFINE_integer("shard_bytes", SHARD_BYTES, "export: most bytes of a file", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum(
+        "predictor_rows", "keep", PREDICTOR_ROWS,
+        "export: rows of predictor tokens that the checkpoint did not have", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string("against", "", "verify: the other model, a run's or a published directory", flag_values=values)
+    flags.DEFINE_integer("max_positions", 10240, "verify: tokens of the longest sequence", flag_values=values)
     flags.DEFINE_integer("rows", 3, "inspect: how many rows to show", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("debug", False, "show the stack trace of an error", flag_values=values)
 
@@ -52,7 +68,11 @@ def _with_config_file(argv: list[str]) -> list[str]:
     Without `--config`, a run's own `config.json` is taken where `--workdir` holds one and the mode is not train;
     `configs/tiny.py` otherwise.
     """
-    given = _config_argument(argv)
+    given, verifies = _config_argument(argv), any(a.lstrip("-") == "mode=verify" for a in argv)
+    if verifies and any(a.lstrip("-").startswith("config") for a in argv):
+        raise UserError("--mode=verify: takes no --config; what is compared says what it is, and all devices are used")
+    if verifies:
+        return [argv[0], f"--config={REPOSITORY / 'configs' / 'tiny.py'}", *argv[1:]]
     if given is None:
         workdir = next((a.partition("=")[2] for a in argv if a.lstrip("-").startswith("workdir=")), "")
         saved = pathlib.Path(workdir) / "config.json"
@@ -90,6 +110,11 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UserError(f"command line: {words}; usage: {USAGE}") from error
     if len(rest) > 1:
         raise UserError(f"command line: unexpected {rest[1]!r}; usage: {USAGE}")
+    for name, modes in FLAGS_OF_MODES.items():
+        if values[name].present and values.mode not in modes:
+            raise UserError(f"command line: --{name} belongs to --mode={' or '.join(modes)}, not to {values.mode}")
+    if values.mode == "verify" and not values.workdir:
+        raise UserError("--mode=verify: pass --workdir=DIR and --against=DIR (a run's or a published model's)")
     if values.workdir is None:
         values.workdir = str(pathlib.Path("runs") / _run_name(given))
     return values
@@ -108,8 +133,10 @@ def run(argv: list[str]) -> dict[str, object]:
     values = parse(argv)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read an absl flag
-    from llm_jepa_jax import modes  # JAX starts here, after wrong flags have been refused
+    from llm_jepa_jax import modes, publish, verify  # JAX starts here, after wrong flags have been refused
 
+    if values.mode == "verify":
+        return verify.verify(values.workdir, values.against, values.out, values.max_positions)
     workdir = pathlib.Path(values.workdir)
     if values.mode == "train":
         return modes.train(values.config, workdir)
@@ -118,12 +145,16 @@ def run(argv: list[str]) -> dict[str, object]:
     if values.mode == "generate":
         return modes.generate(values.config, workdir, values.prompt or [line.rstrip("\n") for line in sys.stdin])
     if values.mode == "export":
-        return modes.export(values.config, workdir, values.out)
+        settings = ExportSettings(values.dtype, values.shard_bytes)
+        return publish.export(values.config, workdir, values.out, settings, values.predictor_rows)
     return modes.inspect(values.config, workdir, values.rows)
 
 
 def main() -> None:
-    """Runs; wrong input and a machine that refuses (no room, no permission) print one line and exit with code 2."""
+    """Runs; wrong input and a machine that refuses (no room, no permission) print one line and exit with code 2.
+
+    Models that `--mode=verify` finds to differ exit with code 1.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()])
     LOG.setLevel(logging.INFO)
     quiet_failed_writes()
@@ -143,6 +174,8 @@ def main() -> None:
         )
         sys.exit(2)
     print(json.dumps(result), flush=True)
+    if result.get("equal") is False:  # of --mode=verify
+        sys.exit(1)
 
 
 def _handler() -> logging.Handler:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modes of the command line: each returns the JSON object that is its last line of output."""
+"""The modes of the command line that train and answer: each returns the JSON object that is its last line of output."""
 
 import dataclasses
 import functools
@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llm_jepa_jax.checkpoint.hf_export import ExportSettings
 from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.initial import Initial, initial_tokenizer, open_initial, with_initial
 from llm_jepa_jax.config import Config, InitConfig, freeze
@@ -29,7 +28,7 @@ from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.resolve import attention_backend, resolve, with_vocabulary
-from llm_jepa_jax.run_directory import check_directory, claim, export_run, open_run
+from llm_jepa_jax.run_directory import check_directory, claim, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer, saved_tokenizer
 from llm_jepa_jax.train.loop import Evaluate
@@ -235,12 +234,3 @@ def inspect(values: ml_collections.ConfigDict, workdir: pathlib.Path, rows: int)
     data = make_train_data(job.config, job.tokenizer, job.splits.train, job.splits.weights)
     show_rows(data, job.tokenizer, rows, Console())
     return data.summary()
-
-
-def export(values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str) -> dict[str, Any]:
-    """Writes the newest checkpoint of a run as a published model."""
-    if not out:
-        raise UserError("--mode=export: no directory to write; pass --out=DIR")
-    run = open_run(workdir, freeze(values))
-    files = export_run(run, pathlib.Path(out).expanduser(), ExportSettings())
-    return {"step": run.step, "out": out, "weight_files": files, "workdir": str(workdir)}

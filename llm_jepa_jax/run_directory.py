@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import pathlib
@@ -11,10 +12,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from llm_jepa_jax.analysis.model_card import CardFacts, card_files
+from llm_jepa_jax.checkpoint.companions import companions, kept_rows
+from llm_jepa_jax.checkpoint.export_settings import PREDICTOR_ROWS, ExportSettings
 from llm_jepa_jax.checkpoint.hf_directory import is_published, open_directory
-from llm_jepa_jax.checkpoint.hf_export import ExportSettings, export
+from llm_jepa_jax.checkpoint.hf_export import export
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
-from llm_jepa_jax.checkpoint.hub import is_hub_id
+from llm_jepa_jax.checkpoint.hub import cached_directory
 from llm_jepa_jax.checkpoint.manager import restore_params
 from llm_jepa_jax.config import Config, DataConfig, InitConfig, MeshConfig, TrainConfig, freeze, to_dict
 from llm_jepa_jax.data.sources import Splits
@@ -29,6 +33,7 @@ from llm_jepa_jax.schema import flatten
 from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY
 from llm_jepa_jax.text.tokenizer import MODEL_FILE, Tokenizer, has_tokenizer, load_tokenizer, saved_tokenizer
 
+LOG = logging.getLogger("llm_jepa_jax")
 FILES = ("config.json", "run.json", "checkpoints")
 RESUMABLE = (
     "train",
@@ -57,13 +62,15 @@ class Run:
     system: str
     """The system turn that the run's evaluation records begin with, or an empty string."""
 
+    workdir: pathlib.Path | None = None
+    """The run's directory; None: a published model, as it came."""
+
     @property
     def published(self) -> pathlib.Path | None:
-        """The directory of the published model that the weights come from, if it is one and is there."""
+        """The directory of the published model that the weights come from, if it is one and is here."""
         name = self.config.init.checkpoint
-        if not name or is_hub_id(name):
-            return None
-        return pathlib.Path(name) if is_published(pathlib.Path(name)) else None
+        directory = cached_directory(name) if name else None
+        return directory if directory and is_published(directory) else None
 
 
 def check_directory(workdir: pathlib.Path, config: Config, splits: Splits) -> None:
@@ -90,11 +97,13 @@ def claim(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, splits: S
         _write(workdir / "config.json", json.dumps(to_dict(config), indent=2))
 
 
-def _facts(splits: Splits) -> dict[str, str]:
+def _facts(splits: Splits) -> dict[str, str | int]:
     records = (splits.eval[i] for i in range(len(splits.eval)))
     first = next((record.messages[0] for record in records if record.messages), None)
     return {
         "system": first.content if first and first.role == "system" else "",
+        "train_records": len(splits.train),
+        "eval_records": len(splits.eval),
         "train_hash": splits.train.content_hash,
         "eval_hash": splits.eval.content_hash,
     }
@@ -106,7 +115,7 @@ def _write(path: pathlib.Path, text: str) -> None:
     part.replace(path)
 
 
-def _check_same_run(workdir: pathlib.Path, config: Config, facts: dict[str, str]) -> None:
+def _check_same_run(workdir: pathlib.Path, config: Config, facts: dict[str, str | int]) -> None:
     before = flatten(load_json(workdir / "config.json").to_dict())
     for key, value in flatten(to_dict(config)).items():
         fixed = not any(key == name or key.startswith(name + ".") for name in RESUMABLE)
@@ -145,7 +154,7 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     abstract = placed(shapes, parameter_shardings(mesh, axes))
     step, params = restore_params(workdir / "checkpoints", abstract)
     facts = json.loads((workdir / "run.json").read_text())
-    return Run(config, mesh, tokenizer, step, params, facts["system"])
+    return Run(config, mesh, tokenizer, step, params, facts["system"], workdir)
 
 
 def open_published(directory: pathlib.Path) -> Run:
@@ -172,9 +181,29 @@ def open_published(directory: pathlib.Path) -> Run:
     return Run(config, mesh, tokenizer, 0, params, "")
 
 
-def export_run(run: Run, directory: pathlib.Path, settings: ExportSettings) -> int:
-    """Writes a run's model as a published one; see `hf_export.export`."""
-    files = run.tokenizer.published_files() if run.tokenizer else {}
-    settings = dataclasses.replace(settings, source=run.published, tokenizer_files=files)
+def export_run(run: Run, directory: pathlib.Path, settings: ExportSettings, predictor_rows: str = "keep") -> int:
+    """Writes a run's model as a published one, with its tokenizer, generation settings and a model card.
+
+    With `predictor_rows="drop"`, rows of predictor tokens that the checkpoint did not have are left out, and the
+    tokenizer's files are the checkpoint's; with `"keep"` the tokenizer knows them. See `hf_export.export`.
+    """
+    if predictor_rows not in PREDICTOR_ROWS:
+        raise UserError(f"predictor_rows={predictor_rows!r}; use {' or '.join(PREDICTOR_ROWS)}")
+    config, tokenizer, source = run.config, run.tokenizer, run.published
+    rows = kept_rows(config.model.vocab_size, tokenizer, source, predictor_rows)
+    if predictor_rows == "drop" and rows == config.model.vocab_size:
+        LOG.info(
+            "export: predictor tokens have no rows beyond the checkpoint's, or the tokenizer's own; none is dropped"
+        )
+    with_new = bool(
+        run.workdir and predictor_rows == "keep" and tokenizer and max(tokenizer.new_ids, default=rows) < rows
+    )
+    beside = companions(tokenizer, source, with_new)
+    dtype = settings.dtype or run.params["embedding"].dtype.name
+    exported = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=rows))
+    card = card_files(CardFacts(exported, run.step, run.workdir, source, tokenizer, dtype, with_new))
+    settings = dataclasses.replace(
+        settings, num_tokens=rows, token_ids=beside.token_ids, files=beside.files | card
+    )  # fmt: skip
     params = {name: value for name, value in run.params.items() if name != "predictors"}
-    return export(params, run.config.model, run.mesh, directory, settings)
+    return export(params, config.model, run.mesh, directory, settings)

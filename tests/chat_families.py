@@ -59,6 +59,17 @@ FAMILIES = {
     },
 }
 
+THINKING = {
+    "deepseek_r1": {
+        "special": ["<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"],
+        "plain": ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"],
+        "config": {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>", "add_bos_token": True},
+        "stops": ["<｜end▁of▁sentence｜>"],
+        "begins": True,
+    },
+}
+"""Of models that think before every answer: their prompts open a thought."""
+
 
 def train(family: dict) -> tokenizers.Tokenizer:
     """Byte-level BPE, or BPE with byte fallback as SentencePiece has it."""
@@ -86,7 +97,7 @@ def train(family: dict) -> tokenizers.Tokenizer:
 
 def write_family(name: str, directory: pathlib.Path) -> pathlib.Path:
     """A checkpoint's tokenizer files."""
-    family, directory = FAMILIES[name], directory / name
+    family, directory = (FAMILIES | THINKING)[name], directory / name
     directory.mkdir(parents=True)
     tokenizer = train(family)
     value = json.loads(tokenizer.to_str())

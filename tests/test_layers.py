@@ -29,7 +29,7 @@ ORDER = (
     ("train",),
     ("eval",),
     ("analysis",),
-    ("run_directory", "api", "modes", "main"),
+    ("run_directory", "api", "modes", "publish", "verify", "main"),
 )
 """A file imports from its own place or from places above it; those in one line do not import each other,
 except in the first and the last."""

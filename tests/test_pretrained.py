@@ -297,7 +297,7 @@ def test_every_mistake_is_one_line(families, tmp_path, name):
 
 
 def test_contents_that_a_template_reads_are_refused_by_turn(loaded):
-    turns = [TURNS[1], Message("assistant", "<think>\nso\n</think>\n\nyes")]
+    turns = [TURNS[1], Message("assistant", "<think>\nso\n</think>\n\nor\n</think>\n\nyes")]
     with pytest.raises(UserError, match=r"content of turn 1 \(assistant\) not as a whole: '<think>"):
         render(loaded["qwen3"], turns)
     with pytest.raises(UserError, match="noncharacters of Unicode"):

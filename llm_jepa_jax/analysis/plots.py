@@ -148,3 +148,20 @@ def phases(seconds: dict[str, float]) -> Figure:
     axes.set_xlabel("seconds")
     axes.margins(x=0.15)
     return figure
+
+
+def departures(names: Sequence[str], named: dict[str, Sequence[float]], tolerance: float) -> Figure:
+    """Relative differences of two models' hidden states by layer, on a log scale; what is equal lies at the bottom."""
+    figure, axes = _figure("Relative difference of hidden states by layer")
+    values = [value for series in named.values() for value in series if 0 < value < np.inf]
+    floor, top = min([*values, tolerance]) / 10, max([*values, tolerance]) * 10
+    for (label, series), color in zip(named.items(), (BLUE, ORANGE), strict=False):
+        heights = np.clip(series, floor, top)
+        axes.semilogy(np.arange(len(names)), heights, color=color, marker="o", markersize=3.5, label=label)
+    axes.axhline(tolerance, color=GREY, linestyle="--", linewidth=1, label=f"tolerance {tolerance:g}")
+    axes.set_ylim(floor / 2, top * 2)
+    shown = range(0, len(names), max(1, -(-len(names) // 16)))
+    axes.set_xticks(shown, [names[i] for i in shown], rotation=45, ha="right")
+    axes.set_ylabel("relative RMS (equal: at the bottom)")
+    axes.legend()
+    return figure

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jepa_jax.checkpoint.hf_directory import CONFIG, INDEX, SINGLE, read_json
+from llm_jepa_jax.checkpoint.companions import GENERATION
+from llm_jepa_jax.checkpoint.export_settings import ExportSettings
+from llm_jepa_jax.checkpoint.hf_directory import CONFIG, INDEX, SINGLE
 from llm_jepa_jax.checkpoint.hf_layout import Parameter, at, by_tensor, parameters
 from llm_jepa_jax.checkpoint.safetensors import Writer
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
@@ -23,29 +25,9 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.models.families.registry import family_of
 from llm_jepa_jax.parallel.sharding import replicated
 
-GENERATION = "generation_config.json"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-SHARD_BYTES = 5_000_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportSettings:
-    """How a model is written."""
-
-    dtype: str = ""
-    """`float32`, `bfloat16` or `float16`; empty: that of the parameters."""
-    shard_bytes: int = SHARD_BYTES
-    """The most that a file of several tensors holds."""
-    num_tokens: int = 0
-    """Rows of the vocabulary to keep, from the first; 0: all."""
-    source: pathlib.Path | None = None
-    """The published directory that the model comes from, whose token ids and generation settings are kept."""
-    tokenizer_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
-    """By name, written as they are."""
-
 
 def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path, settings: ExportSettings) -> int:
-    """Writes `config.json`, `generation_config.json` and the weights; returns the number of weight files.
+    """Writes `config.json`, the weights and `settings.files`; returns the number of weight files.
 
     Every process takes part, and the first one writes. One tensor at a time is whole on the devices and on the host.
 
@@ -66,9 +48,11 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path
     if jax.process_index() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        for name, data in settings.tokenizer_files.items():
+        values = family.write(config) | {"dtype": dtype.name, "torch_dtype": dtype.name, "use_cache": True}
+        _write_json(part / CONFIG, values | settings.token_ids)
+        _write_json(part / GENERATION, settings.token_ids)
+        for name, data in settings.files.items():
             (part / name).write_bytes(data)
-        _write_configs(part, family.write(config), dtype.name, settings.source)
     _write_weights(params, wanted, mesh, part, files, dtype)
     if jax.process_index() == 0:
         if directory.exists():
@@ -134,19 +118,6 @@ def _parts(leaf: jax.Array, parameter: Parameter, mesh: Mesh) -> Iterator[np.nda
     take = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=whole)
     for number in range(parameter.num_layers):
         yield parameter.to_published(np.asarray(take(leaf, number).addressable_data(0)))
-
-
-def _write_configs(part: pathlib.Path, values: dict[str, Any], dtype: str, source: pathlib.Path | None) -> None:
-    values |= {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
-    generation: dict[str, Any] = {}
-    if source and (source / CONFIG).is_file():
-        ids = read_json(source / CONFIG)
-        generation = {name: ids[name] for name in TOKEN_IDS if ids.get(name) is not None}
-        values |= generation
-        if (source / GENERATION).is_file():
-            generation = read_json(source / GENERATION)
-    _write_json(part / CONFIG, values)
-    _write_json(part / GENERATION, generation)
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import re
 from llm_jepa_jax.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICEN[CS]E*", "NOTICE*"]
 """What is fetched of a model."""
 
 
@@ -40,3 +40,16 @@ def local_directory(name: str) -> pathlib.Path:
             f"{name}: no such directory, and the hub did not give it ({type(error).__name__}: {reason}); where there "
             f"is a network, `huggingface-cli download {name} --local-dir DIR`, then name DIR"
         ) from error
+
+
+def cached_directory(name: str) -> pathlib.Path | None:
+    """The directory of a checkpoint as far as it is here: nothing is fetched. None: it is not."""
+    if not is_hub_id(name):
+        path = pathlib.Path(name).expanduser()
+        return path if path.is_dir() else None
+    try:
+        import huggingface_hub  # optional, as above
+
+        return pathlib.Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except (ImportError, OSError, ValueError):
+        return None

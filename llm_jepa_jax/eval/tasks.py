@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from llm_jepa_jax.data.records import Record
 from llm_jepa_jax.text.chat import Message
+from llm_jepa_jax.text.thoughts import without_thought
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Task:
 EXACT_MATCH = Task(
     name="exact_match",
     prompt=lambda record: record.messages[:-1],
-    gold=lambda record: record.messages[-1].content,
-    correct=lambda output, gold: output.strip() == gold.strip(),
+    gold=lambda record: without_thought(record.messages[-1].content),
+    correct=lambda output, gold: without_thought(output).strip() == gold.strip(),
 )
 
 TASKS = {task.name: task for task in (EXACT_MATCH,)}

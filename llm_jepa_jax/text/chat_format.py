@@ -7,6 +7,7 @@ import re
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.chat_template import ChatTemplate, Laid, TemplateRefusal
 from llm_jepa_jax.text.interface import Message
+from llm_jepa_jax.text.thoughts import without_thought
 
 QUESTION, ANSWER = Message("user", "question"), Message("assistant", "answer")
 
@@ -68,11 +69,14 @@ class ChatFormat:
     def view(self, role: str, content: str) -> tuple[str, int, int]:
         """The text of one turn alone, without a default system block; and the characters where its content lies.
 
-        It is the turn as the template renders it alone, where it does; else as it stands behind a question.
+        It is the turn as the template renders it alone, where it does; else as it stands behind a question. A thought
+        that the template leaves out is not in it.
         """
         message = Message(role, content)
         alone = self._alone[role]
         laid = self.template.lay([message] if alone is not None else [QUESTION, message])
+        if laid.dropped:
+            return self.view(role, without_thought(content))
         header = self.headers[role] if alone is None else alone
         start, end = laid.contents[-1]
         if not laid.text[:start].endswith(header):

@@ -19,6 +19,7 @@ import jinja2.sandbox
 
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.interface import Message
+from llm_jepa_jax.text.thoughts import OPEN, split_thought
 
 TODAY = datetime.datetime(2024, 7, 26)
 """The day that templates see: what Llama 3's take where they are given none. Rendering never depends on the clock."""
@@ -48,6 +49,8 @@ class Laid:
     """Characters of each message's content, as far as the template keeps it."""
     generation: tuple[Span, ...]
     """Characters of each `{% generation %}` block; blocks side by side are one."""
+    dropped: tuple[int, ...] = ()
+    """Messages whose thought the template leaves out: their content is the answer behind it."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -129,18 +132,37 @@ class ChatTemplate:
         marks = next((marks for marks in MARKS if not any(set(marks) & set(content) for content in contents)), None)
         if marks is None:
             raise UserError("the contents hold every noncharacter from U+FDD2 to U+FDEF; take them out")
-        cores = [content.strip() for content in contents]
-        between = [f"{marks[0]}{i}{marks[1]}{core}{marks[2]}{i}{marks[1]}" for i, core in enumerate(cores)]
+        parts = [split_thought(m.content) if m.role == "assistant" else None for m in messages]
+        cores = [part.answer if part else content.strip() for part, content in zip(parts, contents, strict=True)]
+        between = [_marked(marks, i, core) for i, core in enumerate(cores)]
         outer = [_outer(content, core) for content, core in zip(contents, cores, strict=True)]
+        for i, part in enumerate(parts):
+            if part:  # the thought is a content of its own, which templates may leave out; an empty one is none
+                thought = _marked(marks, len(messages) + i, part.thought) if part.thought else ""
+                between[i] = f"{part.opening}{thought}{part.closing}{between[i]}"
+                outer[i] = "", part.rest
         marked = [before + text + after for (before, after), text in zip(outer, between, strict=True)]
         rendered = self.render(self._turns(messages, marked), prompt, marks)
-        text, spans, generation = self._read_marks(rendered, marks, messages)
+        text, spans, generation, thoughts = self._read_marks(rendered, marks, messages)
         if text != self.render(self._turns(messages, contents), prompt):
             self._refuse_use(messages)
         if any(before or after for before, after in outer):
             bare = self.render(self._turns(messages, between), prompt, marks)
             spans = _with_outer((text, spans), self._read_marks(bare, marks, messages)[:2], outer)
-        return Laid(text, tuple(spans), tuple(generation))
+        dropped = []
+        for i, part in enumerate(parts):
+            if part and i in thoughts:
+                spans[i] = self._opening(text, thoughts[i], messages, i), spans[i][1]
+            elif part and part.thought:
+                dropped.append(i)
+        return Laid(text, tuple(spans), tuple(generation), tuple(dropped))
+
+    def _opening(self, text: str, thought: int, messages: Sequence[Message], number: int) -> int:
+        """The character where a thought's `<think>` begins, given that of the thought."""
+        place = text.rfind(OPEN, 0, thought)
+        if place < 0 or text[place + len(OPEN) : thought].strip():
+            self._refuse_turn(messages, number, f"with no {OPEN} before its thought")
+        return place
 
     def _turns(self, messages: Sequence[Message], contents: list[str]) -> list[dict[str, str]]:
         """Messages as templates take them; a system turn folded where it must be, with a blank line behind it."""
@@ -151,8 +173,11 @@ class ChatTemplate:
             raise UserError(f"{self.origin}: the chat template has no system turn, and no user turn is behind it")
         return [{"role": "user", "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
 
-    def _read_marks(self, rendered: str, marks: str, messages: Sequence[Message]) -> tuple[str, list[Span], list[Span]]:
-        """The rendering without marks, and what they say: contents by message, and generation blocks."""
+    def _read_marks(
+        self, rendered: str, marks: str, messages: Sequence[Message]
+    ) -> tuple[str, list[Span], list[Span], dict[int, int]]:
+        """The rendering without marks, and what they say: contents by message, generation blocks, and where the
+        thoughts begin that are kept."""
         text, found, blocks = "", {}, []
         for part in re.split(f"([{marks[0]}{marks[2]}]\\d+{marks[1]}|[{marks[3:]}])", rendered):
             if not part or part[0] not in marks:
@@ -160,7 +185,7 @@ class ChatTemplate:
             elif part[0] in marks[3:]:
                 blocks.append(len(text))
             elif part in found:
-                self._refuse_turn(messages, int(part[1:-1]), "more than once")
+                self._refuse_turn(messages, int(part[1:-1]) % len(messages), "more than once")
             else:
                 found[part] = len(text)
         spans = []
@@ -171,7 +196,11 @@ class ChatTemplate:
             spans.append((ends[0], ends[1]))
         inner = [place for place, again in zip(blocks[1:-1:2], blocks[2::2], strict=True) if place == again]
         blocks = [place for place in blocks if place not in inner]
-        return text, spans, list(zip(blocks[::2], blocks[1::2], strict=True))
+        thoughts = {
+            i: found[start] for i in range(len(messages))
+            if (start := f"{marks[0]}{len(messages) + i}{marks[1]}") in found
+        }  # fmt: skip
+        return text, spans, list(zip(blocks[::2], blocks[1::2], strict=True)), thoughts
 
     def _refuse_turn(self, messages: Sequence[Message], number: int, how: str) -> NoReturn:
         raise UserError(
@@ -185,6 +214,10 @@ class ChatTemplate:
             if messages[number - 1].role == "assistant":
                 self.lay(messages[:number])  # raises if the turn is among them
         self._refuse_turn(messages, len(messages) - 1, "differently for what it says")
+
+
+def _marked(marks: str, number: int, core: str) -> str:
+    return f"{marks[0]}{number}{marks[1]}{core}{marks[2]}{number}{marks[1]}"
 
 
 def _outer(content: str, core: str) -> tuple[str, str]:

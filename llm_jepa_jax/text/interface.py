@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROLES = ("system", "user", "assistant")
 
 
@@ -61,8 +62,19 @@ class Tokenizer(abc.ABC):
     """Ids that generation never chooses."""
 
     @abc.abstractmethod
-    def published_files(self) -> dict[str, bytes]:
-        """By name, the files that belong beside a published model's weights."""
+    def published_files(self, with_new: bool) -> dict[str, bytes]:
+        """By name, the files that belong beside a published model's weights, as `transformers` reads them.
+
+        `with_new` says that the model has rows for `new_ids`, which the files then know; else, and where there are
+        none, a checkpoint's are byte for byte as they came.
+
+        Raises:
+            UserError: the files cannot hold the new ids.
+        """
+
+    @abc.abstractmethod
+    def published_ids(self) -> dict[str, int | list[int]]:
+        """Those of `TOKEN_IDS` that a published model's `config.json` gives."""
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:

@@ -2,6 +2,7 @@
 """The tokenizer and chat template of a Hugging Face checkpoint, read without `transformers`."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import pathlib
@@ -14,7 +15,6 @@ from llm_jepa_jax.text.chat_format import ANSWER, QUESTION, ChatFormat
 from llm_jepa_jax.text.chat_template import PLAIN, ChatTemplate, Laid, Span
 from llm_jepa_jax.text.checkpoint_files import (
     CHECKPOINT_DIRECTORY,
-    GENERATION,
     MODEL_CONFIG,
     RECORD,
     TEMPLATE,
@@ -23,8 +23,9 @@ from llm_jepa_jax.text.checkpoint_files import (
     write_whole,
 )
 from llm_jepa_jax.text.fast_tokenizer import FastTokenizer, TemplateTokens, read_tokenizer_json, vocabulary_of
-from llm_jepa_jax.text.interface import Message, Tokenizer, Turn, View
-from llm_jepa_jax.text.special_tokens import adds_bos, allocate, read_ends, special_pieces
+from llm_jepa_jax.text.interface import TOKEN_IDS, Message, Tokenizer, Turn, View
+from llm_jepa_jax.text.published_files import with_added_tokens
+from llm_jepa_jax.text.special_tokens import MASK, OURS, adds_bos, allocate, read_ends, special_pieces
 
 LOG = logging.getLogger("llm_jepa_jax")
 VERSION = "1"
@@ -47,9 +48,10 @@ class PretrainedTokenizer(Tokenizer):
         self.allocation = allocate(files, vocabulary, in_use, template)
         self.bos_id, self.pad_id, self.end_of_text_id = ends.bos_id, ends.pad_id, ends.end_of_text_id
         self.predictor_ids, self.new_ids = self.allocation.predictor_ids, self.allocation.new_ids
-        self.mask_id, self.forbidden_ids = self.allocation.mask_id, frozenset(self.allocation.new_ids)
+        self.mask_id = self.allocation.mask_id
         self.vocab_size = max(*vocabulary.values(), *self.allocation.ids) + 1
         self._pieces = {index: piece for piece, index in vocabulary.items()}
+        self.forbidden_ids = frozenset(i for i in self.allocation.ids if OURS.fullmatch(self._pieces.get(i, MASK)))
         control |= {self._pieces[i] for i in self.allocation.ids if i in self._pieces}
         self._control_ids = frozenset(vocabulary[piece] for piece in control) | frozenset(self.allocation.ids)
         self._fast = FastTokenizer(value, vocabulary, control, files.origin)
@@ -99,8 +101,8 @@ class PretrainedTokenizer(Tokenizer):
 
     def piece(self, index: int) -> str:
         index = int(index)
-        if index in self.predictor_ids and index not in self._pieces:
-            return f"<|predictor_{self.predictor_ids.index(index) + 1}|>"
+        if index in self.allocation.spellings:
+            return self.allocation.spellings[index]
         if index not in self._pieces or self.is_control(index):
             return self._pieces.get(index, f"<|{index}|>")
         text = self._fast.decode([index])
@@ -123,6 +125,14 @@ class PretrainedTokenizer(Tokenizer):
 
     def turns(self, messages: Sequence[Message]) -> tuple[list[int], list[Turn]]:
         laid = self.chat.template.lay(messages)
+        if len(messages) - 1 in laid.dropped:
+            raise UserError(
+                f"{self.files.origin}: the chat template leaves out the thought of the last answer: "
+                f"{messages[-1].content[:40]!r}; take thoughts out of the records, or name a template that keeps them "
+                "with text.chat_template"
+            )
+        if laid.dropped:
+            _say_dropped(self.files.origin)
         tokens = self._fast.encode_template(laid.text, laid.contents)
         turns: dict[int, Turn] = {}
         before = None
@@ -219,14 +229,28 @@ class PretrainedTokenizer(Tokenizer):
             )
         return ids[stop]
 
-    def published_files(self) -> dict[str, bytes]:
-        kept = {name: data for name, data in self.files.contents.items() if name not in (GENERATION, MODEL_CONFIG)}
-        return kept | {RECORD: self.allocation.record()}
+    def published_files(self, with_new: bool) -> dict[str, bytes]:
+        allocation, changed = self.allocation, {}
+        if with_new and self.new_ids:
+            changed = with_added_tokens(self.files, allocation.spellings, {*self._pieces.values()})
+            allocation = dataclasses.replace(allocation, new_ids=())
+        kept = {name: data for name, data in self.files.contents.items() if name != MODEL_CONFIG}
+        return kept | changed | {RECORD: allocation.record()}
+
+    def published_ids(self) -> dict[str, int | list[int]]:
+        said = self.files.json(MODEL_CONFIG)
+        return {name: said[name] for name in TOKEN_IDS if said.get(name) is not None}
 
     def save(self, directory: pathlib.Path) -> None:
         target = directory / CHECKPOINT_DIRECTORY
         self.files.save(target)
         write_whole(target / RECORD, self.allocation.record())
+
+
+@functools.cache
+def _say_dropped(origin: str) -> None:
+    """Once."""
+    LOG.info("%s: the chat template leaves thoughts out of answers before the last; they are not trained on", origin)
 
 
 def load_pretrained(place: pathlib.Path, chat_template: str = "") -> PretrainedTokenizer:

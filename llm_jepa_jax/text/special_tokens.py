@@ -21,6 +21,11 @@ RESERVED = (
 )
 """Spellings of tokens that a vocabulary keeps for its users, by family."""
 
+MASK = "<|predictor_mask|>"
+"""How a new token that stands for one taken out is spelled."""
+OURS = re.compile(r"<\|predictor_(\d+|mask)\|>")
+"""Spellings of new tokens, which the files of an export know."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
@@ -33,6 +38,12 @@ class Allocation:
     @property
     def ids(self) -> tuple[int, ...]:
         return *self.predictor_ids, self.mask_id
+
+    @property
+    def spellings(self) -> dict[int, str]:
+        """How new tokens are written where they are shown, and in the files of an export."""
+        named = {index: f"<|predictor_{i}|>" for i, index in enumerate(self.predictor_ids, start=1)}
+        return {index: named.get(index, MASK) for index in self.new_ids}
 
     def record(self) -> bytes:
         """What is kept beside the tokenizer's files, so that a choice once made stays."""

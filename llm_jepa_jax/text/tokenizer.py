@@ -13,13 +13,19 @@ import sentencepiece
 
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.objective_config import NUM_RESERVED_PREDICTORS
-from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY, TOKENIZER, write_whole
+from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY, write_whole
 from llm_jepa_jax.text.interface import Message, Tokenizer, Turn, View
 from llm_jepa_jax.text.pretrained import load_pretrained
+from llm_jepa_jax.text.published_files import files_of_ours
 
 PAD, UNKNOWN, BOS, END_OF_TURN = "<|pad|>", "<|unknown|>", "<|begin|>", "<|end_of_turn|>"
 ROLE_PIECES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
 PREDICTOR_PIECES = tuple(f"<|predictor_{i}|>" for i in range(1, NUM_RESERVED_PREDICTORS + 1))
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + eos_token }}"
+    "{% endfor %}{{ '<|assistant|>' if add_generation_prompt else '' }}"
+)
+"""The chat format as Jinja, for an export."""
 CONTROL_PIECES = (BOS, END_OF_TURN, *ROLE_PIECES.values(), *PREDICTOR_PIECES)
 MODEL_FILE = "tokenizer.model"
 """Its name in a run's directory."""
@@ -112,8 +118,12 @@ class ReservedTokenizer(Tokenizer):
     def turn_end(self, role: str) -> int:
         return self.end_of_turn_id
 
-    def published_files(self) -> dict[str, bytes]:
-        return {MODEL_FILE: self._model}
+    def published_files(self, with_new: bool) -> dict[str, bytes]:
+        names = {"bos_token": BOS, "eos_token": END_OF_TURN, "pad_token": PAD, "unk_token": UNKNOWN}
+        return files_of_ours(self._model, names, TEMPLATE, self.published_ids())
+
+    def published_ids(self) -> dict[str, int | list[int]]:
+        return {"bos_token_id": self.bos_id, "eos_token_id": self.end_of_turn_id, "pad_token_id": self.pad_id}
 
     def save(self, directory: pathlib.Path) -> None:
         self.save_model(directory / MODEL_FILE)
@@ -156,9 +166,9 @@ def has_tokenizer(directory: pathlib.Path) -> bool:
 
 
 def _holds_ours(place: pathlib.Path) -> bool:
-    """Whether a directory's tokenizer is a `.model` file with pieces of ours."""
+    """Whether a directory's tokenizer is a `.model` file with pieces of ours; an export has a `tokenizer.json` too."""
     model = place / MODEL_FILE
-    return model.is_file() and not (place / TOKENIZER).exists() and PREDICTOR_PIECES[0].encode() in model.read_bytes()
+    return model.is_file() and PREDICTOR_PIECES[0].encode() in model.read_bytes()
 
 
 def saved_tokenizer(directory: pathlib.Path) -> Tokenizer | None:

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--mode=export`: a run as a published model."""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from llm_jepa_jax.checkpoint.export_settings import ExportSettings
+from llm_jepa_jax.config import freeze
+from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.run_directory import export_run, open_run
+
+
+def export(
+    values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str, settings: ExportSettings, predictor_rows: str
+) -> dict[str, Any]:
+    """Writes the newest checkpoint of a run as a published model; see `run_directory.export_run`."""
+    if not out:
+        raise UserError("--mode=export: no directory to write; pass --out=DIR")
+    run = open_run(workdir, freeze(values))
+    files = export_run(run, pathlib.Path(out).expanduser(), settings, predictor_rows)
+    return {"step": run.step, "out": out, "weight_files": files, "workdir": str(workdir)}
