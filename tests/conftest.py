@@ -59,6 +59,12 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer((message.content for record in records for message in record.messages), 512)
 
 
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> pathlib.Path:
+    """One place for the data caches of all tests that do not look into them."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def small_config(cache_dir: pathlib.Path, **sections: dict) -> Config:
     """A configuration that trains in seconds; `sections` change it, such as `data={"layout": "padded"}`."""
     values = {
