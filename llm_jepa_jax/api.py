@@ -81,7 +81,11 @@ class LanguageModel:
 
         `role="user"` gives the text view's, `role="assistant"` the code view's, as trained: the view that predicts has
         the run's predictor tokens (Pred(Enc(Text)), unless `jepa.direction=code_to_text`), the other has none.
-        `num_predictors` sets another number.
+        `num_predictors` sets another number. A published model whose weights have no rows for predictor tokens encodes
+        both views without; loading it says so.
+
+        Raises:
+            UserError: no such role, or more predictor tokens than the weights have rows for.
         """
         run = self.run
         views = {role: view for view, role in VIEW_ROLES.items()}

@@ -169,6 +169,11 @@ def open_published(directory: pathlib.Path) -> Run:
     mesh = make_mesh(MeshConfig(fsdp=math.gcd(checkpoint.model.embed_dim, jax.device_count())))
     tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
     known = tokenizer is not None and tokenizer.predictor_ids[0] < checkpoint.model.vocab_size
+    if tokenizer is not None and not known:
+        LOG.warning(
+            "%s: the weights have no rows for predictor tokens, so both views are encoded without (k = 0); "
+            "a run that starts from them with `init.checkpoint` learns such rows", directory,
+        )  # fmt: skip
     config = Config(
         objective=ObjectiveConfig(jepa=JepaConfig(num_predictors=int(known))),
         data=DataConfig(rows_per_step=mesh.size),

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jepa_jax.batch import FIELDS, Batch
+from llm_jepa_jax.batch import FIELDS, Batch, RowShape, abstract_batch
 from llm_jepa_jax.config import Config, freeze
 from llm_jepa_jax.data import synthetic
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
@@ -20,6 +20,11 @@ from llm_jepa_jax.data.sources import open_splits
 from llm_jepa_jax.data.views import Costs
 from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
 
+# Compiling is most of the tests' work: without optimization it is a third. Inherited by the processes that tests start.
+FAST_COMPILE = ["--xla_backend_optimization_level=0"]
+if jax.__version_info__ < (0, 11):  # removed later
+    FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_COMPILE])
 chex.set_n_cpu_devices(8)
 CACHE = pathlib.Path(
     os.environ.get("LLM_JEPA_TEST_CACHE", pathlib.Path.home() / ".cache" / "llm_jepa_jax" / "test_xla")
@@ -54,6 +59,12 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer((message.content for record in records for message in record.messages), 512)
 
 
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> pathlib.Path:
+    """One place for the data caches of all tests that do not look into them."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def small_config(cache_dir: pathlib.Path, **sections: dict) -> Config:
     """A configuration that trains in seconds; `sections` change it, such as `data={"layout": "padded"}`."""
     values = {
@@ -85,6 +96,13 @@ def host_batch(data: TrainData, step: int = 0) -> Batch:
     """A step's global batch as numpy arrays."""
     values = data.steps()[step]
     return Batch(**{name: values[name] for name in FIELDS})
+
+
+def check_batch(batch: Batch, num_rows: int, shape: RowShape) -> None:
+    """Holds the batch to the contract's shapes and types."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch), abstract_batch(num_rows, shape)
+    )
 
 
 def host_rows(data: TrainData) -> list[dict[str, np.ndarray]]:

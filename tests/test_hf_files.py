@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -26,6 +27,8 @@ from llm_jepa_jax.models.transformer import abstract_params, init_params
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import parameter_shardings
 from llm_jepa_jax.run_directory import open_run
+from llm_jepa_jax.text.tokenizer import load_tokenizer
+from tests.chat_families import write_family
 from tests.conftest import REPOSITORY, SMALL_MODEL
 from tests.test_initial import QUICK
 
@@ -36,15 +39,23 @@ def write(directory, model=MODEL, dtype="float32", shard_bytes=60_000, **setting
     """A directory of random weights, and them."""
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     shardings = parameter_shardings(mesh, abstract_params(model, jnp.dtype(dtype))[1])
-    params = jax.device_put(init_params(jax.random.key(0), model, jnp.dtype(dtype)), shardings)
+    make = jax.jit(lambda key: init_params(key, model, jnp.dtype(dtype)), out_shardings=shardings)
+    params = make(jax.random.key(0))
     export(params, model, mesh, directory, ExportSettings(dtype, shard_bytes, **settings))
     return params
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("written") / "model"
+    write(directory)
+    return directory
+
+
 @pytest.fixture
-def published(tmp_path):
-    write(tmp_path / "model")
-    return tmp_path / "model"
+def published(written, tmp_path):
+    """A directory of its own for each test."""
+    return shutil.copytree(written, tmp_path / "model")
 
 
 def edit(path, **changes):
@@ -129,15 +140,14 @@ def test_new_rows_are_the_mean_and_rows_can_be_dropped(published, tmp_path):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_run_starts_from_a_published_model(tmp_path, tie):
+def test_a_run_starts_from_a_published_model(tmp_path, tokenizer, tie):
     """With its shape, its weights, mean rows for new tokens, and a file to go back to."""
     model = dataclasses.replace(MODEL, vocab_size=500, tie_embeddings=tie, norm_eps=1e-6)
     write(tmp_path / "model", model)
-    first = tmp_path / "first"
-    tiny = [*QUICK, "--config.text.vocab_size=512", "--config.opt.learning_rate=1e-9"]
-    run([*tiny, f"--workdir={first}"])
+    tokenizer.save(tmp_path)
+    tiny = [*QUICK, "--config.opt.learning_rate=1e-9"]
     flags = [f"--config.{key}" for key in (
-        f"init.checkpoint={tmp_path}/model", f"text.tokenizer={first}/tokenizer.model", "model.embed_dim=32",
+        f"init.checkpoint={tmp_path}/model", f"text.tokenizer={tmp_path}/tokenizer.model", "model.embed_dim=32",
         "model.head_dim=8", "model.mlp_dim=64", "model.max_positions=1024",
     )]  # fmt: skip
     run([*tiny, *flags, f"--workdir={tmp_path}/run"])
@@ -274,6 +284,22 @@ def test_both_rope_spellings_are_written_and_read(published):
     assert read_model("x", old)[1].rope_scaling.factor == 8.0
     with pytest.raises(UserError, match="`rope_parameters` is 'not what `rope_scaling` says'"):
         read_model("x", old | {"rope_parameters": {"rope_type": "default"}})
+
+
+def test_weights_without_rows_for_predictor_tokens_say_so(tmp_path, caplog):
+    """Both views are then encoded without; weights that have the rows say nothing."""
+    family = write_family("qwen3", tmp_path)  # its predictor tokens are new ids
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    files = {name: (family / name).read_bytes() for name in names}
+    tokenizer = load_tokenizer(family)
+    known, size = tokenizer.vocab_size - len(tokenizer.new_ids), tokenizer.vocab_size
+    for rows, words in ((known - known % 2, "no rows for predictor tokens"), (size + size % 2, "")):
+        directory = tmp_path / str(rows)
+        write(directory, dataclasses.replace(MODEL, vocab_size=rows), tokenizer_files=files)
+        caplog.clear()
+        lm = lj.load(directory)
+        assert words in caplog.text and bool(caplog.text) == bool(words)
+        assert np.array_equal(lm.encode(["a digit"]), lm.encode(["a digit"], 0)) == bool(words)
 
 
 def test_hub_models_need_a_network_or_the_cache(monkeypatch):

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from llm_jepa_jax.checkpoint.initial import initial_parameters, open_initial
+from llm_jepa_jax.data import synthetic
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.main import run
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.run_directory import open_run
+from llm_jepa_jax.text.tokenizer import train_tokenizer
 from tests.conftest import CACHE, REPOSITORY
 
 QUICK = (
@@ -89,8 +91,8 @@ def test_what_does_not_fit_the_run_is_refused(first, tmp_path, flag, message):
 
 
 def test_another_tokenizer_must_begin_with_the_runs(first, tmp_path):
-    other = tmp_path / "other"
-    run([*QUICK, f"--workdir={other}", "--config.text.vocab_size=500"])
-    flags = [f"--config.init.checkpoint={first}", f"--config.text.tokenizer={other}/tokenizer.model"]
+    records, _ = synthetic.generate(300, 30)
+    train_tokenizer((message.content for record in records for message in record.messages), 500).save(tmp_path)
+    flags = [f"--config.init.checkpoint={first}", f"--config.text.tokenizer={tmp_path}/tokenizer.model"]
     with pytest.raises(UserError, match=r"has not the piece .* leave it out to take that run's tokenizer"):
         run([*QUICK, *flags, f"--workdir={tmp_path}/new"])

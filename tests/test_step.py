@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import functools
 import importlib.util
 import json
 
@@ -22,8 +23,9 @@ from tests.conftest import host_batch, host_rows, replace_rows, small_config, sm
 STEPS = 4
 
 
+@functools.cache
 def losses_of(config, tokenizer, devices):
-    """Total loss of each of a few steps, and the last state."""
+    """Total loss of each of a few steps, and the last parameters."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
     data = small_data(config, tokenizer)
     factory = state_factory(config, mesh, STEPS)
@@ -34,7 +36,17 @@ def losses_of(config, tokenizer, devices):
             values = data.steps()[number]
             state, metrics = steps[int(values["kind"])](state, global_batch(mesh, values))
             losses.append(float(metrics["last"]["total_loss"]))
-    return losses, state
+    return losses, jax.tree.map(np.asarray, state.params)
+
+
+def assert_same_training(cache_dir, tokenizer, mesh, devices, train, **same):
+    """Losses of a few steps, and the parameters then, against one device and whole steps."""
+    plain, params = losses_of(small_config(cache_dir, **same), tokenizer, 1)
+    other, other_params = losses_of(small_config(cache_dir, **same, mesh=mesh, train=train), tokenizer, devices)
+    np.testing.assert_allclose(other, plain, rtol=1e-5)
+    assert jax.tree.structure(params) == jax.tree.structure(other_params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, other_params)
+    assert max(jax.tree.leaves(moved)) < 2e-4  # Adam divides tiny gradients by themselves
 
 
 @pytest.mark.parametrize(
@@ -49,15 +61,10 @@ def losses_of(config, tokenizer, devices):
     ],
 )
 @pytest.mark.parametrize(("layout", "by"), [("separate", "example"), ("shared", "example"), ("shared", "step")])
-def test_devices_and_micro_batches_change_nothing(tmp_path, tokenizer, mesh, devices, micro_batches, layout, by):
-    same = {"objective": {"jepa": {"dropout": 0.4, "dropout_by": by}}, "data": {"layout": layout}}
-    plain, state = losses_of(small_config(tmp_path, **same), tokenizer, 1)
-    remat = "full" if micro_batches < 0 else "none"
-    config = small_config(tmp_path, **same, mesh=mesh, train={"micro_batches": abs(micro_batches), "remat": remat})
-    other, other_state = losses_of(config, tokenizer, devices)
-    np.testing.assert_allclose(other, plain, rtol=1e-5)
-    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, other_state.params)
-    assert max(jax.tree.leaves(moved)) < 2e-4  # Adam divides tiny gradients by themselves
+def test_devices_and_micro_batches_change_nothing(cache_dir, tokenizer, mesh, devices, micro_batches, layout, by):
+    train = {"micro_batches": abs(micro_batches), "remat": "full" if micro_batches < 0 else "none"}
+    objective = {"jepa": {"dropout": 0.4, "dropout_by": by}}
+    assert_same_training(cache_dir, tokenizer, mesh, devices, train, objective=objective, data={"layout": layout})
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])

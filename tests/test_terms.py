@@ -10,7 +10,7 @@ from llm_jepa_jax.objectives.jepa import pair_embeddings
 from llm_jepa_jax.objectives.parameters import init_parameters
 from llm_jepa_jax.train.step import gradients
 from tests.conftest import host_batch, small_config, small_data
-from tests.test_step import losses_of
+from tests.test_step import assert_same_training
 
 INNER = {"linear_predictor": True, "layer": 1, "final_norm": False}
 ADDED = {
@@ -18,7 +18,10 @@ ADDED = {
         "jepa": {"pooling": "mean", "dropout": 0.3, **INNER},
         "stp": {"weight": 0.5, "draws": 2, "linear_predictor": True, "length_weighting": "cosine"},
     },
+    "e2e": {"jepa": {"weight": 0.0}, "stp": {"weight": 1.0, "mode": "e2e"}},
+    "mean": {"jepa": {"weight": 0.0}, "stp": {"weight": 1.0, "mode": "mean", "distance": "mse"}},
     "mask": {"jepa": {"distance": "mse", "schedule": "linear"}, "stp": {"weight": 1.0, "mode": "mask", **INNER}},
+    "mask_recover": {"jepa": {"weight": 0.0}, "stp": {"weight": 1.0, "mode": "mask_recover"}},
     "curvature": {"jepa": {"distance": "l2", "pooling": "mean"}, "stp": {"weight": 1.0, "mode": "curvature"}},
 }
 """Objectives whose terms are sums over pairs and spans."""
@@ -31,38 +34,28 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 DATA = {"row_length": 384}
 
 
-def assert_same_training(tmp_path, tokenizer, objective, mesh, devices, train):
-    """Losses of a few steps, and the parameters then, against one device."""
-    same = {"objective": objective, "data": DATA}
-    plain, state = losses_of(small_config(tmp_path, **same), tokenizer, 1)
-    other, other_state = losses_of(small_config(tmp_path, **same, mesh=mesh, train=train), tokenizer, devices)
-    np.testing.assert_allclose(other, plain, rtol=1e-5)
-    assert jax.tree.structure(state.params) == jax.tree.structure(other_state.params)
-    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, other_state.params)
-    assert max(jax.tree.leaves(moved)) < 2e-4  # Adam divides tiny gradients by themselves
-
-
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("spans", MESH), ("mask", MESH), ("infonce", MESH), ("spread", {"data": 8})],
-)
-def test_devices_change_nothing(tmp_path, tokenizer, name, mesh):
-    assert_same_training(tmp_path, tokenizer, (ADDED | WHOLE)[name], mesh, 8, {})
+    [("spans", MESH), ("e2e", {"data": 8}), ("mean", MESH), ("mask", MESH), ("mask_recover", {"data": 8}),
+     ("infonce", MESH), ("spread", {"data": 8})],
+)  # fmt: skip
+def test_devices_change_nothing(cache_dir, tokenizer, name, mesh):
+    assert_same_training(cache_dir, tokenizer, mesh, 8, {}, objective=(ADDED | WHOLE)[name], data=DATA)
 
 
-@pytest.mark.parametrize(("name", "remat"), [("spans", "full"), ("mask", "none"), ("curvature", "none")])
-def test_micro_batches_change_nothing(tmp_path, tokenizer, name, remat):
-    train = {"micro_batches": 4, "remat": remat}
-    assert_same_training(tmp_path, tokenizer, ADDED[name], {"fsdp": 2, "data": 1}, 2, train)
+@pytest.mark.parametrize("name", ADDED)
+def test_micro_batches_change_nothing(cache_dir, tokenizer, name):
+    train = {"micro_batches": 4, "remat": "full" if name == "spans" else "none"}
+    assert_same_training(cache_dir, tokenizer, {"fsdp": 2, "data": 1}, 2, train, objective=ADDED[name], data=DATA)
 
 
 @pytest.mark.parametrize("name", [*ADDED, *WHOLE])
-def test_layouts_change_nothing(tmp_path, tokenizer, name):
+def test_layouts_change_nothing(cache_dir, tokenizer, name):
     """Loss and gradient over the same examples, packed with others, read inside the conversation, or alone in a row."""
     results = []
     for layout in ("separate", "shared", "padded"):
         config = small_config(
-            tmp_path,
+            cache_dir,
             data={**DATA, "layout": layout, "rows_per_step": 24, "synthetic_train": 24},
             objective=(ADDED | WHOLE)[name],
             train={"num_steps": 0, "num_epochs": 1},
@@ -81,11 +74,11 @@ def test_layouts_change_nothing(tmp_path, tokenizer, name):
 
 
 @pytest.mark.parametrize("view_end", ["content", "turn"])
-def test_mean_pooling_takes_the_whole_view_up_to_where_it_is_read(tmp_path, tokenizer, view_end):
+def test_mean_pooling_takes_the_whole_view_up_to_where_it_is_read(cache_dir, tokenizer, view_end):
     """Its first token included; the one behind that place not."""
     offset = 1 if view_end == "turn" else 0
     jepa = {"pooling": "mean", "view_end": view_end, "view_end_offset": offset}
-    config = small_config(tmp_path, objective={"jepa": jepa})
+    config = small_config(cache_dir, objective={"jepa": jepa})
     batch = host_batch(small_data(config, tokenizer))
     hidden = np.random.default_rng(0).normal(size=(*batch.tokens.shape, 3)).astype(np.float32)
     views = [np.asarray(view) for view in pair_embeddings(hidden, batch, config.objective.jepa)]
@@ -112,13 +105,13 @@ ALONE = {
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_each_term_alone_moves_every_parameter(tmp_path, tokenizer, name):
+def test_each_term_alone_moves_every_parameter(cache_dir, tokenizer, name):
     """The embedding, every layer, the final norm and the term's own matrix."""
     section = name.split("_", 1)[0]
     # The regularisers need the views in the rows.
     off = {} if section == "jepa" else {"jepa": {"weight": 1e-20 if section != "stp" else 0.0}}
     objective = {"ntp": {"weight": 0.0}, **off, **ALONE[name]}
-    config = small_config(tmp_path, data=DATA, objective=objective)
+    config = small_config(cache_dir, data=DATA, objective=objective)
     params = init_parameters(jax.random.key(0), config)
     batch = host_batch(small_data(config, tokenizer))
     grads = jax.jit(lambda p, b: gradients(p, b, config)[1])(params, batch)

@@ -19,6 +19,7 @@ from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.pipeline import TrainData
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.flops import model_flops
+from llm_jepa_jax.models.transformer import count_params
 from llm_jepa_jax.objectives.diagnostics import collapse_metrics, collapse_warnings
 from llm_jepa_jax.objectives.total import enabled
 from llm_jepa_jax.parallel.sharding import global_batch, rows_sharding
@@ -157,7 +158,8 @@ def train(
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     with phases.phase("restore or create the state"):
         step, state, meta = checkpoints.restore_latest(factory.abstract) or (0, factory.create(), {})
-    LOG.info("starting from %s", f"checkpoint {step}" if meta else factory.origin)
+    origin = f"checkpoint {step}" if meta else factory.origin
+    LOG.info("starting from %s: %s parameters", origin, f"{count_params(state.params):,}")
     recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
     batches = data.iterator(step, jax.process_index(), jax.process_count())
     save = Saver(checkpoints, recorder, config)
