@@ -263,8 +263,8 @@ def test_a_stored_head_that_is_tied_must_be_the_embedding(tmp_path):
 
 
 def test_a_model_that_no_family_can_say_is_refused(tmp_path):
-    odd = dataclasses.replace(MODEL, family="", norm="layer", mlp_gated=False)
-    with pytest.raises(UserError, match="no published family can say this model; nearest is one without `model.norm`"):
+    odd = dataclasses.replace(MODEL, family="", norm="layer", scale_embeddings=True)
+    with pytest.raises(UserError, match="no published family can say this model; nearest is one without `model.scale"):
         family_of(odd)
     with pytest.raises(UserError, match="family llama cannot say `model.qk_norm`=head; set model.family to another"):
         family_of(dataclasses.replace(MODEL, qk_norm="head"))
