@@ -60,6 +60,7 @@ def test_terms_and_gradients_equal_the_plain_formulas(tmp_path, tokenizer, chunk
 
 def hidden_gradient(config, batch, params, name):
     """Gradient of one term by the hidden states, [R, L, D]."""
+    batch = jax.tree.map(jnp.asarray, batch)
     row = (batch.tokens, batch.positions, batch.segments)
     hidden = jax.jit(lambda params: forward(params, config.model, *row, dtype=jnp.float32))(params)
     head, layers = head_kernel(params, config.model), config.model.num_layers
