@@ -44,7 +44,7 @@ def plain(hidden, head, index, targets, weight, settings):
 def test_loss_and_gradients_equal_those_of_all_logits(chunk, z_loss, soft_cap):
     arrays, settings = case(), HeadSettings(chunk, z_loss, soft_cap)
     ours = jax.jit(jax.value_and_grad(lambda h, w: 0.3 * cross_entropy(h, w, *arrays[2:], settings), (0, 1)))
-    theirs = jax.value_and_grad(lambda h, w: 0.3 * plain(h, w, *arrays[2:], settings), (0, 1))
+    theirs = jax.jit(jax.value_and_grad(lambda h, w: 0.3 * plain(h, w, *arrays[2:], settings), (0, 1)))
     (value, grads), (expected, expected_grads) = ours(*arrays[:2]), theirs(*arrays[:2])
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for grad, other in zip(grads, expected_grads, strict=True):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -26,7 +27,7 @@ from llm_jepa_jax.models.transformer import (
 from tests.conftest import SMALL_MODEL
 
 CONFIG = ModelConfig(**SMALL_MODEL)
-PARAMS = init_params(jax.random.key(0), CONFIG, jnp.float32)
+PARAMS = jax.jit(lambda key: init_params(key, CONFIG, jnp.float32))(jax.random.key(0))
 LENGTHS = (5, 17, 9, 20)
 
 
@@ -40,6 +41,12 @@ def packed(lengths=LENGTHS, length=64):
         positions[place : place + size] = np.arange(size)
         place += size
     return tokens[None], positions[None], segments[None]
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "longest_segment"))
+def run(params, tokens, positions, segments, **options):
+    """Hidden states [R, L, D], compiled once a shape."""
+    return forward(params, CONFIG, tokens, positions, segments, **{"dtype": jnp.float32} | options)
 
 
 def hidden_of(embedding_LxD, row, longest):
@@ -59,7 +66,7 @@ def test_no_gradient_from_a_later_token_another_segment_or_padding(monkeypatch, 
     row = packed(length=64)
     embedding = PARAMS["embedding"][row[0][0]]
     directions = np.random.default_rng(1).normal(size=CONFIG.embed_dim).astype(np.float32)
-    jacobian = jax.jacrev(lambda e: hidden_of(e, row, longest) @ directions)(embedding)
+    jacobian = jax.jit(jax.jacrev(lambda e: hidden_of(e, row, longest) @ directions))(embedding)
     depends = np.abs(np.asarray(jacobian)).sum(-1) > 0
     segments = row[2][0]
     expected = np.tril(segments[:, None] == segments[None, :])
@@ -85,7 +92,8 @@ def test_a_branch_depends_on_its_prefix_and_its_own_earlier_tokens_only(monkeypa
         )[0]
 
     directions = np.random.default_rng(1).normal(size=CONFIG.embed_dim).astype(np.float32)
-    depends = np.abs(np.asarray(jax.jacrev(lambda e: states(e) @ directions)(embedding))).sum(-1) > 0
+    jacobian = jax.jit(jax.jacrev(lambda e: states(e) @ directions))(embedding)
+    depends = np.abs(np.asarray(jacobian)).sum(-1) > 0
     expected = np.zeros((70, 70), bool)
     expected[:64, :64] = np.tril(segments[0][:, None] == segments[0][None, :])
     for branch, end in enumerate(branch_end[0]):
@@ -100,13 +108,11 @@ def test_a_branch_depends_on_its_prefix_and_its_own_earlier_tokens_only(monkeypa
 @pytest.mark.parametrize("longest", [0, 20])
 def test_packed_segments_equal_segments_alone(longest):
     tokens, positions, segments = packed()
-    whole = forward(PARAMS, CONFIG, tokens, positions, segments, dtype=jnp.float32, longest_segment=longest)
+    whole = run(PARAMS, tokens, positions, segments, longest_segment=longest)
     place = 0
     for size in LENGTHS:
         here = slice(place, place + size)
-        alone = forward(
-            PARAMS, CONFIG, tokens[:, here], np.arange(size)[None], np.ones((1, size), np.int32), dtype=jnp.float32
-        )
+        alone = run(PARAMS, tokens[:, here], np.arange(size)[None], np.ones((1, size), np.int32))
         np.testing.assert_allclose(whole[0, here], alone[0], atol=2e-6)
         place += size
 
@@ -125,9 +131,8 @@ def test_remat_changes_nothing(remat):
     def loss(params, policy):
         return (forward(params, CONFIG, *row, dtype=jnp.float32, remat=policy) ** 2).sum()
 
-    chex.assert_trees_all_close(
-        jax.value_and_grad(loss)(PARAMS, "none"), jax.value_and_grad(loss)(PARAMS, remat), rtol=1e-5, atol=1e-5
-    )
+    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(PARAMS, policy) for policy in ("none", remat))
+    chex.assert_trees_all_close(plain, again, rtol=1e-5, atol=1e-5)
 
 
 def test_cached_decoding_equals_the_full_forward():
@@ -137,17 +142,14 @@ def test_cached_decoding_equals_the_full_forward():
     for row in range(2):
         alone = tokens[row : row + 1, first[row] :]
         length = alone.shape[1]
-        whole.append(
-            forward(PARAMS, CONFIG, alone, np.arange(length)[None], np.ones((1, length), np.int32), dtype=jnp.float32)[
-                0
-            ]
-        )
+        whole.append(run(PARAMS, alone, np.arange(length)[None], np.ones((1, length), np.int32))[0])
     hidden, cache = prefill(PARAMS, CONFIG, tokens[:, :12], first, 24, dtype=jnp.float32)
+    step = jax.jit(lambda token, slot, cache: decode_step(PARAMS, CONFIG, token, slot, first, cache, dtype=jnp.float32))
     for slot in range(12, 25):
         for row in range(2):
             np.testing.assert_allclose(hidden[row], whole[row][slot - 1 - first[row]], atol=1e-5)
         if slot < 24:
-            hidden, cache = decode_step(PARAMS, CONFIG, tokens[:, slot], slot, first, cache, dtype=jnp.float32)
+            hidden, cache = step(tokens[:, slot], slot, cache)
 
 
 def test_llama31_frequencies_follow_the_published_rule():
@@ -171,13 +173,12 @@ def test_llama31_frequencies_follow_the_published_rule():
 
 def test_half_precision_stays_near_and_parameters_stay_wide():
     row = packed()
-    wide = forward(PARAMS, CONFIG, *row, dtype=jnp.float32)
-    narrow = forward(PARAMS, CONFIG, *row, dtype=jnp.bfloat16)
+    wide, narrow = (run(PARAMS, *row, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
     assert narrow.dtype == jnp.bfloat16
     used = row[2][0] > 0
     error = jnp.abs(narrow[0, used].astype(jnp.float32) - wide[0, used]).mean() / jnp.abs(wide[0, used]).mean()
     assert 1e-6 < error < 0.03
-    grads = jax.grad(lambda p: forward(p, CONFIG, *row, dtype=jnp.bfloat16).astype(jnp.float32).sum())(PARAMS)
+    grads = jax.jit(jax.grad(lambda p: run(p, *row, dtype=jnp.bfloat16).astype(jnp.float32).sum()))(PARAMS)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
 
 

@@ -15,6 +15,8 @@ from llm_jepa_jax.objectives.vicreg import spread_loss
 from llm_jepa_jax.train.step import gradients
 from tests.conftest import host_batch, small_config, small_data
 
+compiled = jax.jit(gradients, static_argnums=2)
+
 
 def setting(tmp_path, tokenizer, **sections):
     config = small_config(tmp_path, **sections)
@@ -47,9 +49,9 @@ def test_terms_and_gradients_equal_the_plain_formulas(tmp_path, tokenizer, chunk
         ntp, jepa = dense_terms(params, config, batch)
         return 0.7 * ntp + 1.3 * jepa
 
-    expected, expected_grads = jax.value_and_grad(dense)(params)
-    total, grads, aux, weights = gradients(params, batch, config)
-    ntp, jepa = dense_terms(params, config, batch)
+    expected, expected_grads = jax.jit(jax.value_and_grad(dense))(params)
+    total, grads, aux, weights = compiled(params, batch, config)
+    ntp, jepa = jax.jit(lambda params: dense_terms(params, config, batch))(params)
     np.testing.assert_allclose(aux["sums"]["ntp"] / weights["ntp"], ntp, rtol=1e-5)
     np.testing.assert_allclose(aux["sums"]["jepa"] / weights["jepa"], jepa, rtol=1e-5)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
@@ -58,7 +60,9 @@ def test_terms_and_gradients_equal_the_plain_formulas(tmp_path, tokenizer, chunk
 
 def hidden_gradient(config, batch, params, name):
     """Gradient of one term by the hidden states, [R, L, D]."""
-    hidden = forward(params, config.model, batch.tokens, batch.positions, batch.segments, dtype=jnp.float32)
+    batch = jax.tree.map(jnp.asarray, batch)
+    row = (batch.tokens, batch.positions, batch.segments)
+    hidden = jax.jit(lambda params: forward(params, config.model, *row, dtype=jnp.float32))(params)
     head, layers = head_kernel(params, config.model), config.model.num_layers
 
     def term(hidden):
@@ -66,7 +70,7 @@ def hidden_gradient(config, batch, params, name):
         inputs = Inputs({(layers, True): hidden}, head, batch, config.objective, layers)
         return total_loss(inputs, weights, scales)[1][name]
 
-    return np.asarray(jax.grad(term)(hidden))
+    return np.asarray(jax.jit(jax.grad(term))(hidden))
 
 
 def test_each_term_touches_its_own_places_only(tmp_path, tokenizer):
@@ -100,7 +104,7 @@ def test_no_jepa_means_next_token_only(tmp_path, tokenizer):
     results = []
     for config, _, batch, params in (only, dropped):
         assert batch.segments.max() == batch.num_examples.max()
-        total, grads, aux, weights = gradients(params, batch, config)
+        total, grads, aux, weights = compiled(params, batch, config)
         np.testing.assert_allclose(total, aux["sums"]["ntp"] / weights["ntp"], rtol=1e-6)
         results.append((batch, total, grads))
     (batch, total, grads), (other_batch, other_total, other_grads) = results

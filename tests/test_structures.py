@@ -39,20 +39,22 @@ STRUCTURES = {
         "num_kv_heads": 4, "qk_norm": "head", "window": 6, "window_pattern": "LG",
     },
 }  # fmt: skip
+DTYPE = {"dtype": jnp.float32}
 
 
 @pytest.fixture(scope="module", params=list(STRUCTURES))
 def model(request):
     config = dataclasses.replace(PLAIN, **STRUCTURES[request.param])
-    params = init_params(jax.random.key(0), config, jnp.float32)
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return config, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+    params = jax.jit(lambda key: init_params(key, config, jnp.float32))(jax.random.key(0))
+    rng = np.random.default_rng(1)
+    return config, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
 
 
 def run(model, tokens, **options):
     config, params = model
     places = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    return forward(params, config, tokens, places, np.ones_like(tokens), dtype=jnp.float32, **options)
+    states = jax.jit(lambda params: forward(params, config, tokens, places, np.ones_like(tokens), **DTYPE, **options))
+    return states(params)
 
 
 def test_cached_decoding_equals_the_full_forward(model):
@@ -60,7 +62,7 @@ def test_cached_decoding_equals_the_full_forward(model):
     tokens = np.random.default_rng(0).integers(1, 64, (2, 24)).astype(np.int32)
     first = np.array([0, 5], np.int32)
     whole = [run(model, tokens[row : row + 1, first[row] :])[0] for row in range(2)]
-    hidden, cache = prefill(params, config, tokens[:, :12], first, 24, dtype=jnp.float32)
+    hidden, cache = jax.jit(lambda params: prefill(params, config, tokens[:, :12], first, 24, **DTYPE))(params)
     step = jax.jit(lambda token, slot, cache: decode_step(params, config, token, slot, first, cache, dtype=jnp.float32))
     for slot in range(12, 25):
         for row in range(2):
@@ -74,9 +76,8 @@ def test_a_branch_equals_the_same_tokens_behind_its_prefix(model):
     tokens = np.random.default_rng(0).integers(1, 64, (1, 22)).astype(np.int32)
     end = 11
     positions = np.concatenate([np.arange(20), [end + 1, end + 2]])[None]
-    ours = forward(
-        params, config, tokens, positions, np.ones((1, 20), np.int32), np.array([[end]]), dtype=jnp.float32
-    )  # fmt: skip
+    row = (tokens, positions, np.ones((1, 20), np.int32), np.array([[end]]))
+    ours = jax.jit(lambda params: forward(params, config, *row, **DTYPE))(params)
     inline = run(model, tokens[:, [*range(end + 1), 20, 21]])
     np.testing.assert_allclose(ours[:, 20:], inline[:, end + 1 :], atol=3e-5)
 
