@@ -113,7 +113,7 @@ def check(options: argparse.Namespace, hosts: int, arguments: list[str]) -> None
 
 def workdir_of(arguments: list[str]) -> str:
     found = ""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, equals, value = argument.partition("=")
         if name in ("--workdir", "-workdir"):
             found = value if equals else following
