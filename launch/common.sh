@@ -24,6 +24,12 @@ perform() {
     fi
 }
 
+# The exit code of a process of this shell. A trapped signal ends `wait` early, and with a code of its own.
+await() {
+    while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
+    wait "$1"
+}
+
 # The value of --workdir among the arguments of llm_jepa_jax.main, however it is spelled; nothing where it is missing.
 workdir_of() {
     local argument found='' next=

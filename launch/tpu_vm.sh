@@ -169,8 +169,13 @@ install() {
 
 start() {
     local words=(bash launch/worker.sh start ${arguments[@]+"${arguments[@]}"})
-    if [ -n "${environment[*]+set}" ]; then words=(env "${environment[@]}" "${words[@]}"); fi
+    words=(env ${environment[@]+"${environment[@]}"} "RUN_KEY=$(run_key)" "${words[@]}")
     everywhere "cd llm_jepa_jax && $(quoted "${words[@]}")"
+}
+
+# Tells this run from another that the workers may have had before.
+run_key() {
+    quoted "$name" ${environment[@]+"${environment[@]}"} -- ${arguments[@]+"${arguments[@]}"} | cksum | cut -d' ' -f1
 }
 
 stop() {
@@ -186,8 +191,9 @@ status() {
     run_states
 }
 
+# What every worker says of its run; with a key, of that run.
 run_states() {
-    everywhere 'bash llm_jepa_jax/launch/worker.sh state 2>/dev/null || echo run-state none'
+    everywhere "bash llm_jepa_jax/launch/worker.sh state ${1:-} 2>/dev/null || echo run-state none"
 }
 
 # All queued resources of the zone with their states: asking for one that does not exist would look like any other error.
@@ -211,14 +217,14 @@ resource_state() {
 # What the workers' runs are doing, as one word: what calls for action first. `partly`: running on some workers only.
 run_state() {
     local lines state found=''
-    lines=$(silent=1 run_states) || { echo unreachable; return; }
-    for state in refused none killed failed stopped finished; do
+    lines=$(silent=1 run_states "$(run_key)") || { echo unreachable; return; }
+    for state in other refused none killed failed stopped finished; do
         if grep -q "^run-state $state" <<<"$lines"; then
             found=$state
             break
         fi
     done
-    if [ "$found" != refused ] && grep -q '^run-state running' <<<"$lines"; then
+    if [ "$found" != refused ] && [ "$found" != other ] && grep -q '^run-state running' <<<"$lines"; then
         case $found in '' | finished) found=running ;; *) found=partly ;; esac
     fi
     echo "${found:-unreachable}"
@@ -233,7 +239,7 @@ plan() {
     for step in create copy install start; do "$step"; done
     echo "# then, every $poll s: the resource's state, and the run's on every worker"
     resources
-    run_states
+    run_states "$(run_key)"
     echo "# SUSPENDED (preempted): delete, then all from the top; the run goes on from its --workdir"
     queued delete --force --quiet
     echo "# stopped, failed or killed on a worker: stop, then start; at most $max_restarts failures"
@@ -266,6 +272,7 @@ look_at_run() {
     seen=$now
     case $now in
     finished) return 1 ;;
+    other) fail "another run is going on there: stop it first, or take other TPUs" ;;
     refused) fail "the run refused its input; tail says why; the TPUs are still yours (delete)" ;;
     unreachable | partly) lost=$((lost + 1)) ;;
     *) lost=0 ;;

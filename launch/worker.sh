@@ -2,8 +2,9 @@
 # Runs llm_jepa_jax.main on one machine of many, the same command on each; processes find each other by themselves.
 #   bash launch/worker.sh run ARGUMENTS…     in the foreground. SIGTERM goes on to the run, which saves and stops.
 #                                            Exit code 0: the run has ended; 143: told to stop, start it again; 2: wrong input.
-#   bash launch/worker.sh start ARGUMENTS…   the same, detached from the terminal
-#   bash launch/worker.sh state | log | stop of the detached run
+#   bash launch/worker.sh start ARGUMENTS…   the same, detached from the terminal; RUN_KEY in the environment names it
+#   bash launch/worker.sh state [KEY]        of the detached run; one of another name counts as none, or `other` if it runs
+#   bash launch/worker.sh log | stop
 #   bash launch/worker.sh install EXTRAS     makes .venv, with a Python of its own where the machine's is too old
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,12 +22,7 @@ run() {
     "$python" -m llm_jepa_jax.main "$@" <&0 &
     child=$!
     if [ -n "$told" ]; then kill -TERM "$child" 2>/dev/null || true; fi
-    # A trapped signal ends `wait`, not the child.
-    while true; do
-        code=0
-        wait "$child" || code=$?
-        if ! kill -0 "$child" 2>/dev/null; then break; fi
-    done
+    await "$child" || code=$?
     # A stopped run exits with 0 as a finished one does; who started it must be able to tell them apart.
     if [ -n "$told" ] && [ "$code" = 0 ]; then code=143; fi
     return "$code"
@@ -39,6 +35,7 @@ boot() {
 # The detached run's process id, if it is alive: an id of before a reboot may be another process by now.
 alive() {
     local id booted
+    if [ -f "$records/exit" ]; then return 1; fi
     read -r id booted <"$records/process" 2>/dev/null || return 1
     [ "$booted" = "$(boot)" ] && kill -0 "$id" 2>/dev/null || return 1
     echo "$id"
@@ -56,6 +53,7 @@ start() {
     if id=$(alive); then fail "a run is going on here already (process $id); stop it first: bash launch/worker.sh stop"; fi
     mkdir -p "$records"
     rm -f "$records/exit"
+    echo "${RUN_KEY:-}" >"$records/key"
     echo "$(date -u +%FT%TZ) start: $(quoted "$@")" >>"$records/log"
     setsid nohup bash launch/worker.sh detached "$@" >>"$records/log" 2>&1 </dev/null &
     echo "$! $(boot)" >"$records/process"
@@ -77,21 +75,24 @@ state() {
     elif [ -f "$records/process" ]; then
         now=killed
     fi
+    if [ $# -gt 0 ] && [ "$now" != none ] && [ "$1" != "$(cat "$records/key" 2>/dev/null)" ]; then
+        if [ "$now" = running ]; then now=other; else now=none; fi
+    fi
     echo "run-state $now $(hostname)"
 }
 
 stop() {
-    local id waited=0
+    local id
+    SECONDS=0
     id=$(alive) || { echo "no run is going on on $(hostname)"; return; }
     kill -TERM "$id"
     while kill -0 "$id" 2>/dev/null; do
-        if [ "$waited" -ge "${STOP_SECONDS:-300}" ]; then
-            echo "process $id has not stopped within $waited s: killed" >&2
+        if [ "$SECONDS" -ge "${STOP_SECONDS:-300}" ]; then
+            echo "process $id has not stopped within $SECONDS s: killed" >&2
             kill -KILL -- "-$id"
             return
         fi
-        sleep 1
-        waited=$((waited + 1))
+        sleep 0.2
     done
     echo "stopped process $id on $(hostname)"
 }

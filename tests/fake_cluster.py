@@ -8,8 +8,15 @@ writes its arguments, each ended by a NUL, to a file of its own name under `call
 import contextlib
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import REPOSITORY
 
 RECORD = """#!/usr/bin/env bash
 printf '%s\\0' "$@" '<end>' >>"$STAGE/calls/${0##*/}"
@@ -180,3 +187,29 @@ HOSTILE = (
     "-n",
 )
 """Arguments that any shell or template on the way would change if it could."""
+
+
+def tool(name: str) -> str:
+    """A program of the test extra."""
+    path = shutil.which(name, path=str(pathlib.Path(sys.executable).parent)) or shutil.which(name)
+    assert path, f"{name} is missing: bash launch/test.sh installs the test extra"
+    return path
+
+
+@pytest.fixture
+def checkout(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A repository of the test's own with what goes to the workers; of the package, a file."""
+    there = tmp_path / "checkout"
+    for name in ("configs", "launch"):
+        shutil.copytree(REPOSITORY / name, there / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "llm_jepa_jax/main.py"):
+        (there / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / name, there / name)
+    return there
+
+
+@pytest.fixture
+def stage(tmp_path: pathlib.Path, checkout: pathlib.Path) -> Iterator[Stage]:
+    staged = Stage(tmp_path / "stage", checkout, gcloud=GCLOUD, python=PYTHON, python3=PYTHON)
+    yield staged
+    staged.close()
