@@ -89,15 +89,35 @@ check_options() {
     for item in ${with[@]+"${with[@]}"}; do
         [ -e "$item" ] || fail "--with=$item: no such file"
     done
+    if [ -z "$dry_run" ] && ! command -v gcloud >/dev/null; then
+        fail "gcloud was not found; install the Google Cloud CLI, or look with --dry-run"
+    fi
     case $command in train | start) need_lasting_workdir ${arguments[@]+"${arguments[@]}"} ;; esac
     case $command in train | create) resolve_type ;; esac
     place=("--zone=$zone")
     if [ -n "$project" ]; then place+=("--project=$project"); fi
 }
 
+# The shape that an accelerator type of so many chips stands for, smallest side first: the one nearest to a cube (or a
+# square) whose sides are 1, 2 or multiples of 4.
+compact_shape() {
+    local chips=$1 a b c best='' longest=$(($1 + 1)) first=1
+    if [ "$2" = 3 ]; then first=$chips; fi
+    for ((a = 1; a <= first; a++)); do
+        if ((chips % a || (a > 2 && a % 4))); then continue; fi
+        for ((b = a; b * b <= chips / a; b++)); do
+            c=$((chips / a / b))
+            if ((chips % (a * b) || (b > 2 && b % 4) || (c > 2 && c % 4) || c > longest)); then continue; fi
+            longest=$c best=${a}x${b}x$c
+        done
+    done
+    if [ "$2" = 2 ]; then best=${best#1x}; fi
+    echo "$best"
+}
+
 # Sets `slice_flags` (what a slice is) and `runtime_version` from --topology or --accelerator-type.
 resolve_type() {
-    local kind shape wanted gcloud request cores runtime dimensions chips=1 size sizes
+    local kind shape wanted gcloud request cores runtime dimensions chips=1 size sizes given
     slice_flags=()
     if [ -n "$accelerator_type" ]; then
         [ -z "$topology" ] || fail "--topology and --accelerator-type exclude each other"
@@ -119,6 +139,10 @@ resolve_type() {
     if [ "$request" = topology ]; then
         slice_flags=("--type=$gcloud" "--topology=$shape")
     else
+        given=$(compact_shape "$chips" "$dimensions")
+        if [ "$given" != "$(printf '%s\n' "${sizes[@]}" | sort -n | paste -s -d x -)" ]; then
+            fail "--topology=$topology: gcloud gives $chips chips of $kind as ${given:-no shape at all}"
+        fi
         slice_flags=("--accelerator-type=$gcloud-$((chips * cores))")
     fi
     runtime_version=${runtime_version:-$runtime}
@@ -248,20 +272,21 @@ plan() {
     echo "# finished on every worker: ${delete_after:+delete, and }the end"
 }
 
-# Brings the run up on TPUs that are there. What fails here is seen and mended at the next looks.
+# Brings the run up on TPUs that are there.
 bring_up() {
     if [ "$1" = none ]; then
         copy && install && start
     else
         stop && start
-    fi || note "could not start the run on every worker; trying again"
+    fi || count_failure "the run could not be started on every worker"
 }
 
 count_failure() {
     restarts=$((restarts + 1))
     if [ "$restarts" -gt "$max_restarts" ]; then
-        fail "$1, $restarts times by now; see tail and status; the TPUs, if any, are still yours (delete)"
+        fail "$1, $restarts failures by now; see tail and status; the TPUs, if any, are still yours (delete)"
     fi
+    note "$1; trying again"
 }
 
 # Looks at the run and does what is called for. Returns 1 when it has ended.
@@ -298,7 +323,6 @@ train() {
     while true; do
         state=$(resource_state)
         if [ "$state" != "$before" ]; then note "resource: $state"; fi
-        before=$state
         case $state in
         ABSENT) create ;;
         ACTIVE) look_at_run || break ;;
@@ -307,8 +331,12 @@ train() {
             count_failure "the request for TPUs failed"
             delete
             ;;
-        UNKNOWN) lost=$((lost + 1)) ;;
+        UNKNOWN)
+            if [ -z "$before" ]; then fail "gcloud cannot list the queued resources of --zone=$zone; see its words above"; fi
+            lost=$((lost + 1))
+            ;;
         esac
+        before=$state
         if [ "$lost" -ge "$patience" ]; then fail "no clear answer for $lost looks in a row: see status"; fi
         sleep "$poll"
     done

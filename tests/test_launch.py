@@ -4,6 +4,7 @@
 import itertools
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -45,9 +46,10 @@ def test_a_dry_run_shows_the_commands_and_runs_none(stage, command):
     "topology,flags",
     [
         ("v4:2x2x4", ["--type=v4", "--topology=2x2x4", "--runtime-version=tpu-ubuntu2204-base"]),
-        ("v5e:16x16", ["--type=v5litepod", "--topology=16x16", "--runtime-version=v2-alpha-tpuv5-lite"]),
-        ("v5p:4x4x4", ["--type=v5p", "--topology=4x4x4", "--runtime-version=v2-alpha-tpuv5"]),
-        ("v6e:8x16", ["--type=v6e", "--topology=8x16", "--runtime-version=v2-alpha-tpuv6e"]),
+        ("v5e:16x16", ["--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite"]),
+        ("v5p:2x2x1", ["--accelerator-type=v5p-8", "--runtime-version=v2-alpha-tpuv5"]),
+        ("v5p:8x8x16", ["--accelerator-type=v5p-2048", "--runtime-version=v2-alpha-tpuv5"]),
+        ("v6e:8x16", ["--accelerator-type=v6e-128", "--runtime-version=v2-alpha-tpuv6e"]),
         ("tpu7x:4x4x8", ["--accelerator-type=tpu7x-256", "--runtime-version=v2-alpha-tpu7-ubuntu2404"]),
     ],
 )
@@ -146,11 +148,23 @@ def test_another_run_on_the_same_machines_is_not_taken_for_this_one(stage):
 def test_failures_are_counted_and_wrong_input_is_not_tried_again(stage, tmp_path):
     stage.write("exits", "1\n1\n1\n")
     said = stage.run(*TRAIN, "--max-restarts=1", "--", *RUN, code=2).stderr
-    assert "the run failed, 2 times by now" in said and len(stage.runs()) == 2
+    assert "the run failed, 2 failures by now" in said and len(stage.runs()) == 2
     stage.run(*TPU, "delete", *PLACE)
     stage.write("exits", "2\n")
     assert "the run refused its input" in stage.run(*TRAIN, "--", *RUN, code=2).stderr
     assert len(stage.runs()) == 3
+
+
+def test_without_gcloud_or_an_answer_from_it_nothing_is_waited_for(stage):
+    """One look that fails later is a matter of patience; the first one is a matter of set-up."""
+    (stage.programs / "gcloud").write_text("#!/usr/bin/env bash\necho 'no credentials' >&2\nexit 1\n")
+    said = stage.run(*TRAIN, "--", *RUN, code=2).stderr
+    assert "no credentials" in said and "gcloud cannot list the queued resources of --zone=us-east5-a" in said
+    (stage.programs / "gcloud").unlink()
+    for program in ("bash", "dirname"):
+        (stage.programs / program).symlink_to(shutil.which(program))
+    said = stage.run(*TRAIN, "--", *RUN, code=2, PATH=str(stage.programs)).stderr
+    assert "gcloud was not found" in said
 
 
 @pytest.mark.parametrize(
@@ -167,6 +181,9 @@ def test_failures_are_counted_and_wrong_input_is_not_tried_again(stage, tmp_path
         (("create", *PLACE), "--topology=: no such kind of TPU; one of v4 v5e v5p v6e tpu7x"),
         (("create", *PLACE, "--topology=v9:2x2"), "--topology=v9:2x2: no such kind"),
         (("create", *PLACE, "--topology=v5p:4x4"), "v5p has 3 dimensions"),
+        (("create", *PLACE, "--topology=v5p:2x2x16"), "gcloud gives 64 chips of v5p as 4x4x4"),
+        (("create", *PLACE, "--topology=v6e:2x8"), "gcloud gives 16 chips of v6e as 4x4"),
+        (("create", *PLACE, "--topology=v5p:3x3x3"), "gcloud gives 27 chips of v5p as no shape at all"),
         (("create", *PLACE, "--topology=v5e:4x$(id)"), "a shape such as"),
         (("create", *PLACE, "--accelerator-type=v5p-8"), "name its --runtime-version"),
         (("start", *PLACE), "--workdir=: a run goes on from its directory"),
