@@ -238,20 +238,21 @@ resource_state() {
     echo ABSENT
 }
 
-# What the workers' runs are doing, as one word: what calls for action first. `partly`: running on some workers only.
+# What the workers' runs are doing, as one word, what calls for action first, and how many answered. `partly`: running on
+# some workers only. Input that is wrong is so on all of them: a refusal beside something else came from that.
 run_state() {
     local lines state found=''
-    lines=$(silent=1 run_states "$(run_key)") || { echo unreachable; return; }
-    for state in other refused none killed failed stopped finished; do
+    lines=$(silent=1 run_states "$(run_key)") || lines=''
+    for state in other none killed failed stopped refused finished; do
         if grep -q "^run-state $state" <<<"$lines"; then
             found=$state
             break
         fi
     done
-    if [ "$found" != refused ] && [ "$found" != other ] && grep -q '^run-state running' <<<"$lines"; then
+    if [ "$found" != other ] && grep -q '^run-state running' <<<"$lines"; then
         case $found in '' | finished) found=running ;; *) found=partly ;; esac
     fi
-    echo "${found:-unreachable}"
+    echo "${found:-unreachable} $(grep -c '^run-state' <<<"$lines" || true)"
 }
 
 note() {
@@ -291,8 +292,10 @@ count_failure() {
 
 # Looks at the run and does what is called for. Returns 1 when it has ended.
 look_at_run() {
-    local now
-    now=$(run_state)
+    local now answers
+    read -r now answers < <(run_state)
+    # gcloud is content with the slices that it can reach.
+    if [ "$answers" -lt "$workers" ]; then now=unreachable; else workers=$answers; fi
     if [ "$now" != "$seen" ]; then note "run: $now"; fi
     seen=$now
     case $now in
@@ -309,13 +312,18 @@ look_at_run() {
         bring_up "$now"
         ;;
     # The others stop by themselves when one is gone, or they are made to.
-    partly) if [ "$lost" -ge 5 ]; then stop || true; fi ;;
+    partly)
+        if [ "$lost" -ge 5 ]; then
+            stop || true
+            lost=0
+        fi
+        ;;
     esac
 }
 
 train() {
     local state before=''
-    restarts=0 lost=0 seen=''
+    restarts=0 lost=0 seen='' workers=0
     if [ -n "$dry_run" ]; then
         plan
         return
@@ -326,7 +334,10 @@ train() {
         case $state in
         ABSENT) create ;;
         ACTIVE) look_at_run || break ;;
-        SUSPENDED) delete ;;
+        SUSPENDED)
+            workers=0
+            delete
+            ;;
         FAILED)
             count_failure "the request for TPUs failed"
             delete

@@ -133,6 +133,23 @@ def test_a_run_that_ended_early_starts_again_on_the_machines_it_has(stage, code,
     assert stage.verbs() == ["create", *UP, "ssh", "ssh"] and stage.runs() == [list(RUN)] * 2
 
 
+def test_many_workers_are_one_run(stage):
+    """It runs where all of them run; what is missing or stopped anywhere starts it anew everywhere."""
+    looks = [
+        "none;none", "running;running",
+        "running",  # a slice that cannot be reached for once
+        *["running;none"] * 5,  # a machine that was replaced, while the others wait for it
+        "stopped;none", "running;running", "refused;failed", "finished;running", "stopped;finished", "finished;finished",
+    ]  # fmt: skip
+    stage.write("answers", "".join(re.sub(r"(\w+)", r"run-state \1 host", look) + "\n" for look in looks))
+    said = stage.run(*TRAIN, "--", *RUN).stderr
+    told = [line.partition("run: ")[2] for line in said.splitlines() if " pod: run: " in line]
+    seen = "none running unreachable partly none running failed running stopped finished"
+    assert told == seen.split()
+    restart = ["ssh", "ssh"]  # stop, start
+    assert stage.verbs() == ["create", *UP, "ssh", *UP, *restart, *restart]
+
+
 def test_another_run_on_the_same_machines_is_not_taken_for_this_one(stage):
     stage.run(*TRAIN, "--", *RUN)
     stage.run(*TRAIN, "--", *RUN)  # finished: nothing to do
