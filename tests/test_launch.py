@@ -139,7 +139,8 @@ def test_many_workers_are_one_run(stage):
         "none;none", "running;running",
         "running",  # a slice that cannot be reached for once
         *["running;none"] * 5,  # a machine that was replaced, while the others wait for it
-        "stopped;none", "running;running", "refused;failed", "finished;running", "stopped;finished", "finished;finished",
+        "stopped;none", "running;running", "refused;failed", "finished;running", "stopped;finished",
+        "finished;finished",
     ]  # fmt: skip
     stage.write("answers", "".join(re.sub(r"(\w+)", r"run-state \1 host", look) + "\n" for look in looks))
     said = stage.run(*TRAIN, "--", *RUN).stderr
