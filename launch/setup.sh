@@ -1,25 +1,30 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv in the repository with the package and the extras named by the caller.
-# A second call with the same pyproject.toml and extras changes nothing.
+# A second call with the same pyproject.toml and extras changes nothing. By itself: bash launch/setup.sh [EXTRAS]
+
+# The name of a Python that is new enough and can make virtual environments.
+find_python() {
+    local python
+    for python in python3 python3.13 python3.12 python3.11; do
+        if "$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$python"
+            return
+        fi
+    done
+    return 1
+}
 
 set_up() {
     local extras=$1 repository python stamp wanted
     repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     cd "$repository" || exit 1
     if [ ! -x .venv/bin/python ]; then
-        for python in python3 python3.13 python3.12 python3.11; do
-            if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
-            python=
-        done
-        if [ -z "$python" ]; then
-            echo "error: no Python 3.11 or newer found as python3; install one and start again" >&2
+        if ! python=$(find_python); then
+            echo "error: no Python 3.11 or newer with its venv module found as python3 (on Debian: python3-venv); install one and start again" >&2
             exit 2
         fi
         echo "setting up .venv with $("$python" --version)"
-        if ! "$python" -m venv .venv; then
-            echo "error: $python cannot make a virtual environment; install its venv module (on Debian: python3-venv)" >&2
-            exit 2
-        fi
+        "$python" -m venv .venv
     fi
     stamp=.venv/installed-${extras:-core}
     wanted=$(cat pyproject.toml launch/setup.sh | sha256sum)
@@ -31,3 +36,8 @@ set_up() {
         echo "$wanted" >"$stamp"
     fi
 }
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    set -euo pipefail
+    set_up "${1:-}"
+fi

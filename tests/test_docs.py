@@ -15,7 +15,9 @@ from tests.conftest import REPOSITORY
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BENCHMARKS = sorted((REPOSITORY / "tests" / "benchmarks").glob("*.py"))
-SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh")) + [REPOSITORY / ".ci" / "run"]
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", REPOSITORY / ".ci" / "run"]
+SOURCED = ("common.sh", "setup.sh")
 
 
 def test_the_key_list_is_fresh():
@@ -76,7 +78,7 @@ def test_benchmarks_are_documented_and_start():
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_valid_and_say_so(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
-    if script.name != "setup.sh":
+    if script.name not in SOURCED:
         assert script.stat().st_mode & 0o111 and "set -euo pipefail" in script.read_text()
 
 
