@@ -4,6 +4,7 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 
@@ -129,3 +130,14 @@ def abstract_batch(num_rows: int, shape: RowShape) -> Batch:
     """The batch as `jax.ShapeDtypeStruct`s: what ahead-of-time compilation and sharding need."""
     rows = empty_rows(0, shape)
     return Batch(**{n: jax.ShapeDtypeStruct((num_rows, *rows[n].shape[1:]), rows[n].dtype) for n in FIELDS})
+
+
+def check_batch(batch: Batch, num_rows: int, shape: RowShape) -> None:
+    """Holds the batch to the contract's shapes and types.
+
+    Raises:
+        AssertionError: a field has another shape or type.
+    """
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch), abstract_batch(num_rows, shape)
+    )

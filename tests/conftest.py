@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jepa_jax.batch import FIELDS, Batch, RowShape, abstract_batch
+from llm_jepa_jax.batch import FIELDS, Batch
 from llm_jepa_jax.config import Config, freeze
 from llm_jepa_jax.data import synthetic
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
@@ -96,13 +96,6 @@ def host_batch(data: TrainData, step: int = 0) -> Batch:
     """A step's global batch as numpy arrays."""
     values = data.steps()[step]
     return Batch(**{name: values[name] for name in FIELDS})
-
-
-def check_batch(batch: Batch, num_rows: int, shape: RowShape) -> None:
-    """Holds the batch to the contract's shapes and types."""
-    chex.assert_trees_all_equal_shapes_and_dtypes(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch), abstract_batch(num_rows, shape)
-    )
 
 
 def host_rows(data: TrainData) -> list[dict[str, np.ndarray]]:

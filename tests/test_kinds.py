@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from llm_jepa_jax.batch import FIELDS, Batch
+from llm_jepa_jax.batch import FIELDS, Batch, check_batch
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.data.epochs import Epochs
 from llm_jepa_jax.data.inspect import show_rows
@@ -28,7 +28,7 @@ from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.train.metrics import Window
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.train.step import make_train_step
-from tests.conftest import check_batch, host_rows, plain_costs, small_config, small_data
+from tests.conftest import host_rows, plain_costs, small_config, small_data
 from tests.test_pipeline import BY_STEP, KINDS, several_kinds
 
 EPOCHS = {"train": {"num_steps": 0, "num_epochs": 3}}

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from llm_jepa_jax.batch import FIELDS, RowShape
+from llm_jepa_jax.batch import FIELDS, RowShape, check_batch
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.data.cuts import Texts
 from llm_jepa_jax.data.inspect import show_rows
@@ -22,7 +22,7 @@ from llm_jepa_jax.data.sources import JsonlSource
 from llm_jepa_jax.data.views import has_pair
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.text.chat import ViewTokens, render, render_view
-from tests.conftest import check_batch, host_batch, host_rows, plain_costs, small_config, small_data
+from tests.conftest import host_batch, host_rows, plain_costs, small_config, small_data
 
 
 def batches(data, step, count, process=0, processes=1):

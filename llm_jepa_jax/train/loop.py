@@ -7,13 +7,13 @@ import logging
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from llm_jepa_jax.batch import Batch, StepShape, abstract_batch
+from llm_jepa_jax.batch import Batch, StepShape, abstract_batch, check_batch
 from llm_jepa_jax.checkpoint.manager import Checkpoints
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.pipeline import TrainData
@@ -179,7 +179,7 @@ def train(
             recorder.restart_clock()
             while step < data.num_steps and not stop.requested:
                 profile(step + 1)
-                kind, batch = recorder.timed(lambda: _next_batch(mesh, batches))
+                kind, batch = recorder.timed(lambda: _next_batch(mesh, batches, data.kinds))
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = train_steps[kind](state, batch)
                 step += 1
@@ -219,10 +219,12 @@ def _compiled_step(factory: StateFactory, num_steps: int, kind: StepShape) -> An
     return compiled
 
 
-def _next_batch(mesh: Mesh, batches: Iterator[dict[str, Any]]) -> tuple[int, Batch]:
-    """The next step's kind and global batch."""
+def _next_batch(mesh: Mesh, batches: Iterator[dict[str, Any]], kinds: Sequence[StepShape]) -> tuple[int, Batch]:
+    """The next step's kind and global batch, which is held to the contract."""
     values = next(batches)
-    return int(values["kind"]), global_batch(mesh, values)
+    kind, batch = int(values["kind"]), global_batch(mesh, values)
+    check_batch(batch, kinds[kind].rows, kinds[kind].row)
+    return kind, batch
 
 
 class Saver:
