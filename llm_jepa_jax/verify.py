@@ -135,8 +135,8 @@ def verify(workdir: str, against: str, out: str, max_positions: int) -> dict[str
     LOG.info("verify: comparing")
     exact = compare(measured[0][0], measured[1][0], inputs)
     rounded = compare(measured[0][1], measured[1][1], inputs) if any(rounds) else None
-    types = " and ".join(sorted({dtype.name for side in sides for path, dtype in coarsest.items()
-                                 if dtype != side.types.get(path, dtype)}))  # fmt: skip
+    coarser = {coarsest[path].name for side in sides for path, dtype in side.types.items() if dtype != coarsest[path]}
+    types = " and ".join(sorted(coarser))
     equal, words = verdict(exact, rounded, types)
     settings = _settings(first, second)
     if jax.process_index() == 0:
@@ -178,7 +178,7 @@ def _measured(
 
 def _round(types: Mapping[str, np.dtype], entries: Any, leaf: jax.Array) -> jax.Array:
     """One parameter in its coarser type; the old one is freed, so that the model is never held twice."""
-    dtype = types[_path(entries)]
+    dtype = types.get(_path(entries), leaf.dtype)
     if _precision(dtype) >= _precision(leaf.dtype):
         return leaf
     rounded = jax.block_until_ready(leaf.astype(dtype))
@@ -203,22 +203,15 @@ def _vocabularies(sides: list[Side]) -> str:
     return f"{first} and {second} rows of the vocabulary: the first {min(first, second)} are compared"
 
 
-def _show(
-    exact: Comparison, rounded: Comparison | None, settings: list[str], sides: list[Side], last: str
-) -> None:  # fmt: skip
+def _show(exact: Comparison, rounded: Comparison | None, settings: list[str], sides: list[Side], last: str) -> None:
     """The table by layer, that by input, what differs besides, and the verdict."""
     console = Console()
     table = Table("layer", "largest difference", "relative RMS", *(["both rounded"] if rounded else []))
     seconds = rounded.layers if rounded else exact.layers
     for layer, other in zip(exact.layers, seconds, strict=True):
+        numbers = [layer.max_abs, layer.relative, *([other.relative] if rounded else [])]
         style = "bold red" if other.departs else ("" if layer.departs else "green")
-        cells = [
-            layer.name,
-            f"{layer.max_abs:.2e}",
-            f"{layer.relative:.2e}",
-            *([f"{other.relative:.2e}"] * bool(rounded)),
-        ]
-        table.add_row(*cells, style=style)
+        table.add_row(layer.name, *(f"{number:.2e}" for number in numbers), style=style)
     console.print(table)
     table = Table("tokens", "length", "logits differ by", "KL mean, nats", "KL max", "same top token")
     for name, scores in exact.inputs.items():
@@ -230,9 +223,7 @@ def _show(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _result(
-    exact: Comparison, rounded: Comparison | None, sides: list[Side], settings: list[str]
-) -> dict[str, Any]:  # fmt: skip
+def _result(exact: Comparison, rounded: Comparison | None, sides: list[Side], settings: list[str]) -> dict[str, Any]:
     first = (rounded or exact).first_departing
     names = ("hidden_relative_rms", "logit_max_abs", "kl_mean", "kl_max", "top1_agreement")
     numbers = {name: _number(exact.worst(name)) for name in names}
@@ -253,9 +244,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _write(
-    result: dict[str, Any], exact: Comparison, rounded: Comparison | None, out: pathlib.Path
-) -> dict[str, str]:  # fmt: skip
+def _write(result: dict[str, Any], exact: Comparison, rounded: Comparison | None, out: pathlib.Path) -> dict[str, str]:
     """`verify.json` with every number, and `verify.png`."""
     if jax.process_index():
         return {}

@@ -11,6 +11,8 @@ import sentencepiece
 import tokenizers
 
 import llm_jepa_jax as lj
+from llm_jepa_jax.analysis.model_card import CardFacts, card_files
+from llm_jepa_jax.config import Config, InitConfig
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.main import run
 from llm_jepa_jax.text.chat import Message, render, render_prompt
@@ -253,3 +255,13 @@ def test_wrong_settings_are_one_line(ours, tmp_path):
         run(["main", "--mode=eval", f"--workdir={ours[0]}", "--dtype=float16"])
     with pytest.raises(UserError, match="predictor_rows"):
         run(["main", "--mode=export", f"--workdir={ours[0]}", "--predictor_rows=none"])
+
+
+def test_a_base_of_the_hub_is_named_and_nothing_is_made_up(tmp_path):
+    """A run of which no other file is left: no scores, no counts, no licence."""
+    config = Config(init=InitConfig(checkpoint="org/model"), model=MODEL)
+    card = card_files(CardFacts(config, 3, tmp_path, None, None, "bfloat16", False))["README.md"].decode()
+    assert 'base_model: "org/model"' in card.split("---\n")[1] and "# model trained with" in card
+    assert "| steps | 3 |" in card and "--config.init.checkpoint=org/model" in card
+    for absent in ("## Scores", "records", "license", "## Tokenizer", "## Embeddings", "--config.model."):
+        assert absent not in card, absent

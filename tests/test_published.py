@@ -67,15 +67,17 @@ def test_answers_are_those_of_transformers(published):
 
 
 def test_trained_and_exported(published, tmp_path):
-    """JEPA on its predictor tokens; what comes out loads in `transformers` and here, tokenizer files as they were."""
+    """JEPA on its predictor tokens; what comes out loads in `transformers` and here. New tokens change one file."""
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
     argv = ["main", f"--config={tmp_path}/settings.json", f"--config.init.checkpoint={published}"]
     result = run([*argv, f"--workdir={tmp_path}/run"])
     assert result["step"] == 2 and 0 < result["jepa_loss"] < 2
     exported = tmp_path / "exported"
     run(["main", "--mode=export", f"--workdir={tmp_path}/run", f"--out={exported}"])
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (exported / name).read_bytes() == (published / name).read_bytes()
+    added = bool(load_tokenizer(published).new_ids)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        same = (exported / name).read_bytes() == (published / name).read_bytes()
+        assert same != (added and name == "tokenizer.json"), name
     trained, again, reference = lj.load(tmp_path / "run"), lj.load(exported), theirs(exported)
     tokens = render_prompt(trained.tokenizer, [Message("user", "lines with a digit")])
     expected = logits(reference, tokens)
