@@ -61,10 +61,11 @@ class LanguageModel:
         return [host[row, : len(sequence)] for row, sequence in enumerate(ids)]
 
     def logits(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Next-token logits of each sequence: float32 [length, V] each; errors as in `hidden`."""
-        head_DxV = np.asarray(head_kernel(self.run.params, self.run.config.model).astype(jnp.float32))
-        cap = self.run.config.model.logit_soft_cap
-        bias_V = np.asarray(self.run.params.get("head_bias", 0.0), np.float32)
+        """Next-token logits of each sequence: float32 [length, V] each, of ids alone; errors as in `hidden`."""
+        model = self.run.config.model
+        head_DxV = np.asarray(head_kernel(self.run.params, model).astype(jnp.float32))[:, : model.vocab_size]
+        cap = model.logit_soft_cap
+        bias_V = np.asarray(self.run.params.get("head_bias", np.zeros(1)), np.float32)[: model.vocab_size]
         logits = [hidden_LxD @ head_DxV + bias_V for hidden_LxD in self.hidden(ids)]
         return [cap * np.tanh(logits_LxV / cap) for logits_LxV in logits] if cap else logits
 

@@ -28,7 +28,7 @@ from llm_jepa_jax.eval.evaluate import evaluate as run_task
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
-from llm_jepa_jax.resolve import attention_backend, resolve, with_vocabulary
+from llm_jepa_jax.resolve import attention_backend, resolve
 from llm_jepa_jax.run_directory import check_directory, claim, export_run, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer, saved_tokenizer
@@ -37,6 +37,7 @@ from llm_jepa_jax.train.loop import train as run_training
 from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar
 from llm_jepa_jax.train.state import state_factory
+from llm_jepa_jax.vocabulary import with_vocabulary
 
 LOG = logging.getLogger("llm_jepa_jax")
 

@@ -28,6 +28,7 @@ from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.schema import flatten
 from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY
 from llm_jepa_jax.text.tokenizer import MODEL_FILE, Tokenizer, has_tokenizer, load_tokenizer, saved_tokenizer
+from llm_jepa_jax.vocabulary import padded
 
 FILES = ("config.json", "run.json", "checkpoints")
 RESUMABLE = (
@@ -36,6 +37,7 @@ RESUMABLE = (
     "log",
     "checkpoint",
     "mesh",
+    "model.vocab_multiple",
     "data.workers",
     "data.prefetch",
     "data.cache_dir",
@@ -138,8 +140,9 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
         raise UserError(f"{workdir}: has no {MODEL_FILE} and no {CHECKPOINT_DIRECTORY}/; a run directory holds one")
     saved = freeze(load_json(workdir / "config.json"))
     config = config or saved
-    config = dataclasses.replace(config, model=saved.model)  # its vocabulary size is known only there
     mesh = make_mesh(config.mesh)
+    model = padded(saved.model, mesh.shape["tensor"])  # its vocabulary size is known only there
+    config = dataclasses.replace(config, model=model)
     config = resolve(config, mesh.devices.shape)
     shapes, axes = abstract_parameters(config)
     abstract = placed(shapes, parameter_shardings(mesh, axes))
@@ -168,7 +171,7 @@ def open_published(directory: pathlib.Path) -> Run:
         train=TrainConfig(param_dtype=checkpoint.dtype),
     )
     config = resolve(config, mesh.devices.shape)
-    params = read_parameters(checkpoint, mesh, checkpoint.dtype, checkpoint.model.vocab_size)
+    params = read_parameters(checkpoint, mesh, checkpoint.dtype, checkpoint.model.padded_vocab_size)
     return Run(config, mesh, tokenizer, 0, params, "")
 
 

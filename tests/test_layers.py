@@ -20,6 +20,7 @@ ORDER = (
         "huge_pages",
         "schema",
         "objective_config",
+        "vocabulary",
     ),
     ("text", "parallel"),
     ("data", "models"),

@@ -84,8 +84,8 @@ def _folded(parts: list[tuple[tuple[int, int], int]]) -> slice:
 
 
 def parameters(family: Family, config: ModelConfig) -> Iterator[Parameter]:
-    """Every parameter of a model, in an order of names."""
-    shapes = abstract_params(config, jnp.float32)[0]
+    """Every parameter of a model, in an order of names. Padding of the vocabulary is not published."""
+    shapes = abstract_params(dataclasses.replace(config, vocab_multiple=1), jnp.float32)[0]
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         name = "/".join(entry.key for entry in path)
         in_layers = name.startswith(LAYERS)

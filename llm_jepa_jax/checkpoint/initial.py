@@ -71,8 +71,8 @@ def with_initial(config: Config, start: Initial | None) -> Config:
     theirs, defaults = flatten(to_dict(start.model)), flatten(to_dict(ModelConfig()))
     values = flatten(to_dict(config.model))
     for key, value in values.items():
-        if key == "vocab_size":
-            continue  # that of the tokenizer or the checkpoint, whichever is larger: `resolve.with_vocabulary`
+        if key in ("vocab_size", "vocab_multiple"):
+            continue  # what holds the tokenizer and the checkpoint, on this mesh: `vocabulary.with_vocabulary`
         if value == defaults[key]:
             values[key] = theirs[key]
         elif value != theirs[key] and key not in OWN_KEYS:
@@ -117,7 +117,7 @@ def initial_parameters(key: jax.Array, config: Config, start: Initial, mesh: Mes
     shapes, axes = abstract_parameters(config)
     shardings = parameter_shardings(mesh, axes)
     if isinstance(start.source, HfCheckpoint):
-        params = read_parameters(start.source, mesh, config.train.param_dtype, config.model.vocab_size)
+        params = read_parameters(start.source, mesh, config.train.param_dtype, config.model.padded_vocab_size)
         words = ""
     else:
         step, params = _of_run(config, start, mesh)
@@ -140,7 +140,9 @@ def initial_parameters(key: jax.Array, config: Config, start: Initial, mesh: Mes
 
 def _of_run(config: Config, start: Initial, mesh: Mesh) -> tuple[int, Any]:
     """The step and the parameters of a run, with those linear predictors that both have."""
-    old = dataclasses.replace(config, model=start.model)
+    old = dataclasses.replace(
+        config, model=dataclasses.replace(start.model, vocab_multiple=config.model.vocab_multiple)
+    )
     shapes, axes = abstract_parameters(old)
     known = abstract_parameters(start.source)[0].get("predictors", {})
     for name in set(shapes.get("predictors", {})) - set(known):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints through Orbax: written in the background, checked when read, and never deleted when they are damaged."""
 
+import dataclasses
 import logging
 import pathlib
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import CheckpointConfig
 from llm_jepa_jax.errors import UserError
 
@@ -105,9 +107,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
-        restore = ocp.args.PyTreeRestore(
-            abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        )
+        restore = ocp.args.PyTreeRestore(abstract_state, restore_args=_restore_args(abstract_state))
         return self._manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
 
     def _set_aside(self, step: int, error: Exception) -> None:
@@ -119,6 +119,17 @@ class Checkpoints:
             (self.directory / str(step)).rename(self._invalid / f"{step}-{number}")
         self._manager.close()
         self._manager = self._open()
+
+
+def _restore_args(abstract: Any) -> Any:
+    """Shapes must be those stored, but for the vocabulary's padding, which another mesh may want otherwise."""
+
+    def args(path: Any, leaf: ocp.ArrayRestoreArgs) -> ocp.ArrayRestoreArgs:
+        if getattr(path[-1], "key", None) in VOCABULARY_AXIS:
+            return dataclasses.replace(leaf, strict=False)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(args, ocp.checkpoint_utils.construct_restore_args(abstract))
 
 
 def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
@@ -138,9 +149,7 @@ def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | No
     if not wanted:
         raise UserError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; train the run first")
     item = {"params": abstract_params}
-    arguments = ocp.args.PyTreeRestore(
-        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
+    arguments = ocp.args.PyTreeRestore(item, restore_args=_restore_args(item), partial_restore=True)
     for number in wanted:
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
