@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jepa_jax.checkpoint.hf_directory import is_published
 from llm_jepa_jax.checkpoint.hf_export import SHARD_BYTES, ExportSettings
-from llm_jepa_jax.checkpoint.hub import local_directory
+from llm_jepa_jax.checkpoint.places import place
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
 from llm_jepa_jax.eval.generate import Generator
@@ -128,8 +128,10 @@ class LanguageModel:
 def load(directory: str | pathlib.Path) -> LanguageModel:
     """Opens a run's directory, or that of a published model (`config.json` and safetensors), or a model of the hub.
 
+    Directories may lie in a store (`gs://BUCKET/DIR`, also `s3://`, `az://`, `hf://`).
+
     Raises:
         UserError: it is neither, a file is missing or damaged, or the model is not supported.
     """
-    path = local_directory(str(directory))
-    return LanguageModel(open_published(path) if is_published(path) else open_run(path))
+    found = place(str(directory))
+    return LanguageModel(open_published(found) if is_published(found) else open_run(found))

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings
-from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.initial import Initial, initial_tokenizer, open_initial, with_initial
+from llm_jepa_jax.checkpoint.places import is_hub_id, is_url
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
@@ -80,7 +80,7 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
 
 def _absolute(init: InitConfig) -> InitConfig:
     name = init.checkpoint
-    if not name or is_hub_id(name) or "://" in name:
+    if not name or is_hub_id(name) or is_url(name):
         return init
     return dataclasses.replace(init, checkpoint=str(pathlib.Path(name).expanduser().absolute()))
 

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from llm_jepa_jax.checkpoint.hf_directory import is_published, open_directory
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings, export
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
-from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.manager import restore_params
+from llm_jepa_jax.checkpoint.places import Place, is_hub_id, on_this_machine, place
 from llm_jepa_jax.config import Config, DataConfig, InitConfig, MeshConfig, TrainConfig, freeze, to_dict
 from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError
@@ -60,12 +60,12 @@ class Run:
     """The system turn that the run's evaluation records begin with, or an empty string."""
 
     @property
-    def published(self) -> pathlib.Path | None:
+    def published(self) -> Place | None:
         """The directory of the published model that the weights come from, if it is one and is there."""
         name = self.config.init.checkpoint
         if not name or is_hub_id(name):
             return None
-        return pathlib.Path(name) if is_published(pathlib.Path(name)) else None
+        return place(name) if is_published(place(name)) else None
 
 
 def check_directory(workdir: pathlib.Path, config: Config, splits: Splits) -> None:
@@ -126,7 +126,7 @@ def _check_same_run(workdir: pathlib.Path, config: Config, facts: dict[str, str]
             )
 
 
-def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
+def open_run(workdir: Place, config: Config | None = None) -> Run:
     """Opens the newest checkpoint of a run directory; `config` (default: its own config.json) may name another mesh.
 
     Raises:
@@ -135,7 +135,7 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     for name in FILES:
         if not (workdir / name).exists():
             raise UserError(f"{workdir}: has no {name}; a run directory holds {', '.join(FILES)}")
-    tokenizer = saved_tokenizer(workdir)
+    tokenizer = saved_tokenizer(on_this_machine(workdir))
     if tokenizer is None:
         raise UserError(f"{workdir}: has no {MODEL_FILE} and no {CHECKPOINT_DIRECTORY}/; a run directory holds one")
     saved = freeze(load_json(workdir / "config.json"))
@@ -151,7 +151,7 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     return Run(config, mesh, tokenizer, step, params, facts["system"])
 
 
-def open_published(directory: pathlib.Path) -> Run:
+def open_published(directory: Place) -> Run:
     """Opens the directory of a published model on all devices, with what they share of its width.
 
     Its weights keep their type where it is bfloat16, and are computed with in float32.
@@ -161,7 +161,8 @@ def open_published(directory: pathlib.Path) -> Run:
     """
     checkpoint = open_directory(directory)
     mesh = make_mesh(MeshConfig(fsdp=math.gcd(checkpoint.model.embed_dim, jax.device_count())))
-    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    files = on_this_machine(directory)
+    tokenizer = load_tokenizer(files) if has_tokenizer(files) else None
     known = tokenizer is not None and tokenizer.predictor_ids[0] < checkpoint.model.vocab_size
     config = Config(
         objective=ObjectiveConfig(jepa=JepaConfig(num_predictors=int(known))),

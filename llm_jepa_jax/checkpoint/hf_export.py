@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from llm_jepa_jax.checkpoint.hf_directory import CONFIG, INDEX, SINGLE, read_json
 from llm_jepa_jax.checkpoint.hf_layout import Parameter, at, parameters
+from llm_jepa_jax.checkpoint.places import Place
 from llm_jepa_jax.checkpoint.safetensors import Writer
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import ModelConfig
@@ -37,7 +38,7 @@ class ExportSettings:
     """The most that a file of several tensors holds."""
     num_tokens: int = 0
     """Rows of the vocabulary to keep, from the first; 0: all."""
-    source: pathlib.Path | None = None
+    source: Place | None = None
     """The published directory that the model comes from, whose token ids and generation settings are kept."""
     tokenizer_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     """By name, written as they are."""
@@ -128,7 +129,7 @@ def _tensors(leaf: jax.Array, parameter: Parameter, mesh: Mesh) -> Any:
         yield name, np.asarray(take(leaf, number).addressable_data(0))
 
 
-def _write_configs(part: pathlib.Path, values: dict[str, Any], dtype: str, source: pathlib.Path | None) -> None:
+def _write_configs(part: pathlib.Path, values: dict[str, Any], dtype: str, source: Place | None) -> None:
     values |= {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
     generation: dict[str, Any] = {}
     if source and (source / CONFIG).is_file():

@@ -58,7 +58,7 @@ class Parameter:
             return _folded(parts[self._inputs :]), _folded(parts[: self._inputs])
         return (_folded(parts),)
 
-    def from_published(self, array: np.ndarray, index: Index) -> np.ndarray:
+    def from_published(self, array: Any, index: Index) -> Any:
         """The part of one layer, from what `published_index` read."""
         shape = tuple(len(range(*s.indices(size))) for s, size in zip(index, self.shape, strict=True))
         return (array.T if self._inputs else array).reshape(shape)

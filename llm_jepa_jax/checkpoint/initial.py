@@ -3,7 +3,6 @@
 
 import dataclasses
 import logging
-import pathlib
 from typing import Any
 
 import jax
@@ -11,8 +10,8 @@ from jax.sharding import Mesh
 
 from llm_jepa_jax.checkpoint.hf_directory import HfCheckpoint, is_published, open_directory
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
-from llm_jepa_jax.checkpoint.hub import local_directory
 from llm_jepa_jax.checkpoint.manager import restore_params
+from llm_jepa_jax.checkpoint.places import Place, on_this_machine, place
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS, with_new_rows
 from llm_jepa_jax.config import Config, ModelConfig, freeze, to_dict
 from llm_jepa_jax.errors import UserError
@@ -31,7 +30,7 @@ OWN_KEYS = ("max_positions", "init_std", "family")
 class Initial:
     """A trained model to start from."""
 
-    directory: pathlib.Path
+    directory: Place
     source: Config | HfCheckpoint
     """The configuration of a run, or a published model."""
 
@@ -49,7 +48,7 @@ def open_initial(config: Config) -> Initial | None:
     """
     if not config.init.checkpoint:
         return None
-    directory = local_directory(config.init.checkpoint)
+    directory = place(config.init.checkpoint)
     if is_published(directory):
         return Initial(directory, open_directory(directory))
     for name in ("config.json", "checkpoints"):
@@ -89,9 +88,10 @@ def initial_tokenizer(config: Config, start: Initial) -> Tokenizer:
     Raises:
         UserError: an id of the run stands for something else, or a published model comes without a tokenizer.
     """
-    saved = saved_tokenizer(start.directory)
-    if isinstance(start.source, HfCheckpoint) and has_tokenizer(start.directory):
-        saved = load_tokenizer(start.directory, config.text.chat_template)
+    files = on_this_machine(start.directory)
+    saved = saved_tokenizer(files)
+    if isinstance(start.source, HfCheckpoint) and has_tokenizer(files):
+        saved = load_tokenizer(files, config.text.chat_template)
     if saved is None and config.text.tokenizer:
         return load_tokenizer(config.text.tokenizer, config.text.chat_template)
     if saved is None:

@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from llm_jepa_jax.checkpoint.places import Place
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import CheckpointConfig
 from llm_jepa_jax.errors import UserError
@@ -132,7 +133,7 @@ def _restore_args(abstract: Any) -> Any:
     return jax.tree_util.tree_map_with_path(args, ocp.checkpoint_utils.construct_restore_args(abstract))
 
 
-def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
+def restore_params(directory: Place, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
     """Parameters alone of a run's checkpoint (the newest readable by default), on the shardings of `abstract_params`.
 
     Returns the step and the parameters. Nothing in the directory is changed.
