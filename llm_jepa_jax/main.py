@@ -34,6 +34,10 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_multi_string("prompt", [], "generate: a prompt; without any, lines of stdin", flag_values=values)
     flags.DEFINE_string("out", "", "export: the directory to write", flag_values=values)
     flags.DEFINE_integer("rows", 3, "inspect: how many rows to show", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several run as one", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many run as one", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all of them", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("debug", False, "show the stack trace of an error", flag_values=values)
 
 
@@ -108,7 +112,14 @@ def run(argv: list[str]) -> dict[str, object]:
     values = parse(argv)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read an absl flag
-    from llm_jepa_jax import modes  # JAX starts here, after wrong flags have been refused
+    from llm_jepa_jax.parallel.processes import joined  # JAX starts here, after wrong flags have been refused
+
+    with joined(values.coordinator, values.num_processes, values.process_id, values.start_timeout):
+        return _run_mode(values)
+
+
+def _run_mode(values: flags.FlagValues) -> dict[str, object]:
+    from llm_jepa_jax import modes  # as above
 
     workdir = pathlib.Path(values.workdir)
     if values.mode == "train":

@@ -28,6 +28,7 @@ from llm_jepa_jax.eval.evaluate import evaluate as run_task
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
+from llm_jepa_jax.parallel.processes import wait_for_all
 from llm_jepa_jax.resolve import attention_backend, resolve
 from llm_jepa_jax.run_directory import check_directory, claim, export_run, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
@@ -116,6 +117,7 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     )  # fmt: skip
     with phases.phase("prepare data"):
         data = make_train_data(config, job.tokenizer, job.splits.train, job.splits.weights)
+    wait_for_all("claim")  # others may still be looking at what the directory holds
     claim(workdir, config, job.tokenizer, job.splits)
     _log_data(data)
     factory = state_factory(config, job.mesh, data.num_steps)
@@ -225,7 +227,7 @@ def generate(values: ml_collections.ConfigDict, workdir: pathlib.Path, prompts: 
     system = [Message("system", run.system)] if run.system else []
     ids = [render_prompt(run.tokenizer, [*system, Message("user", prompt)]) for prompt in prompts]
     answers = [run.tokenizer.decode(new) for new, _ in generator(run.params, ids)]
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True) if jax.process_index() == 0 else ():
         print(f"{prompt}\n  → {answer}")
     return {"step": run.step, "answers": answers, "workdir": str(workdir)}
 

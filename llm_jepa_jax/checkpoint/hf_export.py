@@ -21,6 +21,7 @@ from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.models.families.registry import family_of
+from llm_jepa_jax.parallel.processes import wait_for_all
 from llm_jepa_jax.parallel.sharding import replicated
 
 GENERATION = "generation_config.json"
@@ -74,6 +75,7 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path
         if directory.exists():
             directory.rmdir()
         part.rename(directory)
+    wait_for_all("exported")
     return len(files)
 
 

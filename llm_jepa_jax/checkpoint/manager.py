@@ -14,6 +14,7 @@ from llm_jepa_jax.checkpoint.places import Place
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import CheckpointConfig
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.parallel.processes import wait_for_all
 
 LOG = logging.getLogger("llm_jepa_jax")
 # Orbax warns at every save without a score; saving between evaluations is what we want.
@@ -118,6 +119,7 @@ class Checkpoints:
             self._invalid.mkdir(exist_ok=True)
             number = sum(1 for path in self._invalid.iterdir() if path.name.startswith(f"{step}-"))
             (self.directory / str(step)).rename(self._invalid / f"{step}-{number}")
+        wait_for_all("set aside")
         self._manager.close()
         self._manager = self._open()
 

@@ -21,7 +21,7 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.flops import model_flops
 from llm_jepa_jax.objectives.diagnostics import collapse_metrics, collapse_warnings
 from llm_jepa_jax.objectives.total import enabled
-from llm_jepa_jax.parallel.sharding import global_batch, rows_sharding
+from llm_jepa_jax.parallel.sharding import global_batch, num_row_shards, row_parts, rows_sharding
 from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, last_values, valid_pairs
 from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar, loss_text
@@ -159,7 +159,7 @@ def train(
         step, state, meta = checkpoints.restore_latest(factory.abstract) or (0, factory.create(), {})
     LOG.info("starting from %s", f"checkpoint {step}" if meta else factory.origin)
     recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
-    batches = data.iterator(step, jax.process_index(), jax.process_count())
+    batches = data.iterator(step, row_parts(mesh), num_row_shards(mesh))
     save = Saver(checkpoints, recorder, config)
     with phases.phase("compile the step"):
         train_steps = [_compiled_step(factory, data.num_steps, kind) for kind in data.kinds]
@@ -220,7 +220,8 @@ def _compiled_step(factory: StateFactory, num_steps: int, kind: StepShape) -> An
 def _next_batch(mesh: Mesh, batches: Iterator[dict[str, Any]]) -> tuple[int, Batch]:
     """The next step's kind and global batch."""
     values = next(batches)
-    return int(values["kind"]), global_batch(mesh, values)
+    with jax.transfer_guard_host_to_device("allow"):  # the one copy that is meant
+        return int(values["kind"]), global_batch(mesh, values)
 
 
 class Saver:
