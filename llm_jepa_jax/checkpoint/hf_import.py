@@ -43,19 +43,50 @@ def read_parameters(checkpoint: HfCheckpoint, mesh: Mesh, param_dtype: Any, voca
 def _read(
     checkpoint: HfCheckpoint, parameter: Parameter, sharding: NamedSharding, dtype: Any, vocab_size: int
 ) -> jax.Array:
-    tensors, ours = [checkpoint.tensors[name] for name in parameter.names], _arranged(parameter, dtype, vocab_size)
+    tensors, stacked_axes = [checkpoint.tensors[name] for name in parameter.names], min(parameter.num_layers, 1)
+    cuts = _cuts(parameter, sharding, stacked_axes)
+    arrange, exchange = _arranged(parameter, dtype, vocab_size), _exchange(sharding.mesh, cuts)
+
+    def ours(rows: jax.Array) -> jax.Array:
+        return arrange(exchange(rows))
+
     if not parameter.num_layers:
-        return jax.jit(ours, out_shardings=sharding)(_rows(parameter, tensors[0], sharding.mesh))
+        return jax.jit(ours, out_shardings=sharding)(_rows(parameter, tensors[0], cuts, sharding.mesh))
     shape = (len(tensors), *parameter.shape)
     stacked = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
     put = jax.jit(lambda stack, rows, i: stack.at[i].set(ours(rows)), donate_argnums=0, out_shardings=sharding)
     for number, tensor in enumerate(tensors):
         # Waiting keeps one layer on its way instead of all of them.
-        stacked = jax.block_until_ready(put(stacked, _rows(parameter, tensor, sharding.mesh), number))
+        stacked = jax.block_until_ready(put(stacked, _rows(parameter, tensor, cuts, sharding.mesh), number))
     return stacked
 
 
-def _rows(parameter: Parameter, tensor: StoredTensor, mesh: Mesh) -> jax.Array:
+def _cuts(parameter: Parameter, sharding: NamedSharding, skipped: int) -> list[tuple[str, ...]]:
+    """The mesh axes that rows and columns of a tensor are cut over in the end, once its layers are taken apart."""
+    spec = (*sharding.spec, *(None,) * len(parameter.shape))[skipped : skipped + len(parameter.shape)]
+    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in parameter.published_axes(spec)]
+
+
+def _order(mesh: Mesh, cuts: list[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """All mesh axes: those that rows are cut over in the end, those that nothing is, those that columns are."""
+    rows, columns = (*cuts, ())[:2]
+    return rows, tuple(axis for axis in mesh.axis_names if axis not in (*rows, *columns)), columns
+
+
+def _exchange(mesh: Mesh, cuts: list[tuple[str, ...]]) -> Callable[[jax.Array], jax.Array]:
+    """From rows that are cut over all devices to rows and columns that are cut as wanted."""
+    rows, rest, columns = _order(mesh, cuts)
+
+    def local(part: jax.Array) -> jax.Array:
+        if columns:
+            part = jax.lax.all_to_all(part, columns, split_axis=1, concat_axis=0, tiled=True)
+        return jax.lax.all_gather(part, rest, axis=0, tiled=True) if rest else part
+
+    specs = PartitionSpec((*rows, *rest, *columns)), PartitionSpec(*(axes or None for axes in cuts))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+
+def _rows(parameter: Parameter, tensor: StoredTensor, cuts: list[tuple[str, ...]], mesh: Mesh) -> jax.Array:
     """What a tensor holds of a parameter, as published and stored, cut over all devices; 0 behind the last row."""
     first, count, *columns = _published(parameter)
     shape = (-(-count // mesh.size) * mesh.size, *columns)
@@ -67,7 +98,7 @@ def _rows(parameter: Parameter, tensor: StoredTensor, mesh: Mesh) -> jax.Array:
         room = (stop - start) - len(rows)
         return np.pad(rows, [(0, room)] + [(0, 0)] * len(columns)) if room else rows
 
-    everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    everywhere = NamedSharding(mesh, PartitionSpec(sum(_order(mesh, cuts), ())))
     return jax.make_array_from_callback(shape, everywhere, part, dtype=tensor.dtype)
 
 

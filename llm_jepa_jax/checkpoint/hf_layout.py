@@ -58,6 +58,13 @@ class Parameter:
             return _folded(parts[self._inputs :]), _folded(parts[: self._inputs])
         return (_folded(parts),)
 
+    def published_axes(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What rows and columns are cut over, from what each axis of one layer is cut over: only the first one is of
+        those that are folded into one."""
+        if self._inputs:
+            return axes[self._inputs], axes[0]
+        return axes if self.path == "embedding" else axes[:1]
+
     def from_published(self, array: Any, index: Index) -> Any:
         """The part of one layer, from what `published_index` read."""
         shape = tuple(len(range(*s.indices(size))) for s, size in zip(index, self.shape, strict=True))
