@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jepa_jax.checkpoint.hf_directory import is_published
 from llm_jepa_jax.checkpoint.hf_export import SHARD_BYTES, ExportSettings
-from llm_jepa_jax.checkpoint.places import place
+from llm_jepa_jax.checkpoint.places import new_place, place
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
 from llm_jepa_jax.eval.generate import Generator
@@ -122,7 +122,7 @@ class LanguageModel:
         if dtype not in ("", "float32", "bfloat16", "float16"):
             raise UserError(f"dtype={dtype!r}; use float32, bfloat16 or float16")
         settings = ExportSettings(dtype, shard_bytes, num_tokens)
-        export_run(self.run, pathlib.Path(directory).expanduser(), settings)
+        export_run(self.run, new_place(directory), settings)
 
 
 def load(directory: str | pathlib.Path) -> LanguageModel:

@@ -94,6 +94,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         raise UserError(f"command line: {words}; usage: {USAGE}") from error
     if len(rest) > 1:
         raise UserError(f"command line: unexpected {rest[1]!r}; usage: {USAGE}")
+    if "://" in (values.workdir or ""):
+        raise UserError(f"--workdir={values.workdir}: a run's directory is local; name one here, or a mounted bucket")
     if values.workdir is None:
         values.workdir = str(pathlib.Path("runs") / _run_name(given))
     return values

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings
 from llm_jepa_jax.checkpoint.initial import Initial, initial_tokenizer, open_initial, with_initial
-from llm_jepa_jax.checkpoint.places import is_hub_id, is_url
+from llm_jepa_jax.checkpoint.places import is_hub_id, is_url, new_place
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
@@ -245,5 +245,5 @@ def export(values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str) -
     if not out:
         raise UserError("--mode=export: no directory to write; pass --out=DIR")
     run = open_run(workdir, freeze(values))
-    files = export_run(run, pathlib.Path(out).expanduser(), ExportSettings())
+    files = export_run(run, new_place(out), ExportSettings())
     return {"step": run.step, "out": out, "weight_files": files, "workdir": str(workdir)}

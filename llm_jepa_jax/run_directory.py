@@ -176,7 +176,7 @@ def open_published(directory: Place) -> Run:
     return Run(config, mesh, tokenizer, 0, params, "")
 
 
-def export_run(run: Run, directory: pathlib.Path, settings: ExportSettings) -> int:
+def export_run(run: Run, directory: Place, settings: ExportSettings) -> int:
     """Writes a run's model as a published one; see `hf_export.export`."""
     files = run.tokenizer.published_files() if run.tokenizer else {}
     settings = dataclasses.replace(settings, source=run.published, tokenizer_files=files)

@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import math
-import pathlib
 import shutil
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 
 from llm_jepa_jax.checkpoint.hf_directory import CONFIG, INDEX, SINGLE, read_json
 from llm_jepa_jax.checkpoint.hf_layout import Parameter, at, parameters
-from llm_jepa_jax.checkpoint.places import Place
+from llm_jepa_jax.checkpoint.places import Place, is_url
 from llm_jepa_jax.checkpoint.safetensors import Writer
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import ModelConfig
@@ -45,7 +44,7 @@ class ExportSettings:
     """By name, written as they are."""
 
 
-def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path, settings: ExportSettings) -> int:
+def export(params: Any, config: ModelConfig, mesh: Mesh, directory: Place, settings: ExportSettings) -> int:
     """Writes `config.json`, `generation_config.json` and the weights; returns the number of weight files.
 
     Every process takes part, and the first one writes. One tensor at a time is whole on the devices and on the host.
@@ -63,15 +62,17 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path
         raise UserError(f"{directory}: is not empty; name a new directory")
     wanted = list(parameters(family, config))
     files = _files(wanted, dtype.itemsize, settings.shard_bytes)
-    part = directory.with_name(directory.name + ".part")
+    # A store cannot rename directories; what is torn there has no index, or lacks shards.
+    part = directory if is_url(directory) else directory.with_name(directory.name + ".part")
     if jax.process_index() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        if not is_url(directory):
+            shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True, exist_ok=True)
         for name, data in settings.tokenizer_files.items():
             (part / name).write_bytes(data)
         _write_configs(part, family.write(config), dtype.name, settings.source)
     _write_weights(params, wanted, mesh, part, files, dtype)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and part != directory:
         if directory.exists():
             directory.rmdir()
         part.rename(directory)
@@ -96,9 +97,7 @@ def _files(wanted: list[Parameter], width: int, most: int) -> dict[str, dict[str
     return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _write_weights(
-    params: Any, wanted: list[Parameter], mesh: Mesh, part: pathlib.Path, files: Any, dtype: np.dtype
-) -> None:
+def _write_weights(params: Any, wanted: list[Parameter], mesh: Mesh, part: Place, files: Any, dtype: np.dtype) -> None:
     writes = jax.process_index() == 0
     place = {name: file for file, group in files.items() for name in group}
     writer: Writer | None = None
@@ -131,7 +130,7 @@ def _tensors(leaf: jax.Array, parameter: Parameter, mesh: Mesh) -> Any:
         yield name, np.asarray(take(leaf, number).addressable_data(0))
 
 
-def _write_configs(part: pathlib.Path, values: dict[str, Any], dtype: str, source: Place | None) -> None:
+def _write_configs(part: Place, values: dict[str, Any], dtype: str, source: Place | None) -> None:
     values |= {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
     generation: dict[str, Any] = {}
     if source and (source / CONFIG).is_file():
@@ -144,5 +143,5 @@ def _write_configs(part: pathlib.Path, values: dict[str, Any], dtype: str, sourc
     _write_json(part / GENERATION, generation)
 
 
-def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+def _write_json(path: Place, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")

@@ -60,21 +60,37 @@ def place(name: str) -> Place:
         ) from error
 
 
+def new_place(name: str | pathlib.PurePath) -> Place:
+    """A directory that is to be written, which need not be there.
+
+    Raises:
+        UserError: its store cannot be reached, with the fix.
+    """
+    if not is_url(name):
+        return pathlib.Path(name).expanduser()
+    _is_there(str(name))
+    return epath.Path(name)
+
+
 def _of_store(name: str) -> epath.Path:
+    if not _is_there(name):
+        raise UserError(f"{name}: no such directory")
+    return epath.Path(name)
+
+
+def _is_there(name: str) -> bool:
     scheme = name.partition("://")[0]
     if scheme not in STORES:
         known = ", ".join(f"{store}://" for store in STORES)
-        raise UserError(f"{name}: {scheme}:// is not read; use {known}, or copy it to a directory here and name that")
+        raise UserError(f"{name}: {scheme}:// is not known; use {known}, or a directory here")
     try:
-        if epath.Path(name).is_dir():
-            return epath.Path(name)
+        return epath.Path(name).is_dir()
     except ImportError as error:
         raise UserError(
             f"{name}: {scheme}:// needs {STORES[scheme]}, which is not installed; `pip install {STORES[scheme]}`"
         ) from error
     except Exception as error:  # each store's library has types of its own for no network, no login, no right
         raise UserError(f"{name}: cannot be reached ({type(error).__name__}: {reason(error)})") from error
-    raise UserError(f"{name}: no such directory")
 
 
 def reason(error: Exception) -> str:

@@ -94,7 +94,7 @@ def _check_spans(path: pathlib.Path, spans: dict[str, tuple[Any, ...]], size: in
 class Writer:
     """Writes one file: shapes first, then the tensors in that order."""
 
-    def __init__(self, path: pathlib.Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype):
+    def __init__(self, path: Place, shapes: dict[str, tuple[int, ...]], dtype: np.dtype):
         self.path, self._dtype, self._waiting = path, dtype, list(shapes.items())
         self._file = self._open(shapes)
 
