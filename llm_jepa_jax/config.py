@@ -85,8 +85,9 @@ class InitConfig:
     checkpoint: str = key(
         "",
         "what the weights start from: a run's directory (its newest checkpoint), a directory with a published model's "
-        "config.json and safetensors, or its id on the Hugging Face hub; empty: random weights. Keys of `model` left "
-        "at their defaults are then the checkpoint's, and others must agree with it",
+        "config.json and safetensors, its id on the Hugging Face hub, or either directory in a store "
+        "(`gs://BUCKET/DIR`); empty: random weights. Keys of `model` left at their defaults are then the checkpoint's, "
+        "and others must agree with it",
     )
     new_rows: str = key(
         "mean",

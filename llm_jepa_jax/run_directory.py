@@ -15,7 +15,7 @@ from llm_jepa_jax.checkpoint.hf_directory import is_published, open_directory
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings, export
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
 from llm_jepa_jax.checkpoint.manager import restore_params
-from llm_jepa_jax.checkpoint.places import Place, is_hub_id, on_this_machine, place
+from llm_jepa_jax.checkpoint.places import Place, absolute, is_hub_id, on_this_machine, place
 from llm_jepa_jax.config import Config, DataConfig, InitConfig, MeshConfig, TrainConfig, freeze, to_dict
 from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError
@@ -167,7 +167,7 @@ def open_published(directory: Place) -> Run:
     config = Config(
         objective=ObjectiveConfig(jepa=JepaConfig(num_predictors=int(known))),
         data=DataConfig(rows_per_step=mesh.size),
-        init=InitConfig(checkpoint=str(directory.absolute())),
+        init=InitConfig(checkpoint=str(absolute(directory))),
         model=checkpoint.model,
         train=TrainConfig(param_dtype=checkpoint.dtype),
     )

@@ -61,6 +61,7 @@ def stored(tmp_path_factory, tokenizer):
 def test_a_model_in_a_store_is_the_local_one(stored):
     ours, theirs = lj.load(URL), lj.load(stored)
     np.testing.assert_array_equal(ours.logits([[5, 6, 7]])[0], theirs.logits([[5, 6, 7]])[0])
+    assert str(ours.run.published) == URL
     assert ours.tokenizer.encode("a line") == theirs.tokenizer.encode("a line")
 
 

@@ -10,7 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from llm_jepa_jax.checkpoint.places import Place
+from llm_jepa_jax.checkpoint.places import Place, absolute
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import CheckpointConfig
 from llm_jepa_jax.errors import UserError
@@ -156,7 +156,7 @@ def restore_params(directory: Place, abstract_params: Any, step: int | None = No
     for number in wanted:
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                restored = checkpointer.restore(directory.absolute() / str(number) / "state", args=arguments)
+                restored = checkpointer.restore(absolute(directory) / str(number) / "state", args=arguments)
             return number, restored["params"]
         except Exception as error:  # any failure to read means: not valid
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -60,6 +60,11 @@ def place(name: str) -> Place:
         ) from error
 
 
+def absolute(directory: Place) -> Place:
+    """The same directory, whatever the working directory will be."""
+    return directory if is_url(directory) else directory.absolute()
+
+
 def new_place(name: str | pathlib.PurePath) -> Place:
     """A directory that is to be written, which need not be there.
 
