@@ -151,7 +151,7 @@ def _ask_all(rank: Rank, host: str, end: float, timeout: float) -> dict[str, Any
     came: dict[int, tuple[str, socket.socket]] = {}
     with contextlib.ExitStack() as stack:
         try:
-            server = stack.enter_context(socket.create_server(("", port), backlog=rank.count))
+            server = stack.enter_context(_server(port, rank.count))
         except OSError as error:
             raise UserError(
                 f"--coordinator={rank.coordinator}: port {port} is not free here: {error.strerror}"
@@ -172,6 +172,13 @@ def _ask_all(rank: Rank, host: str, end: float, timeout: float) -> dict[str, Any
         for _, connection in came.values():
             _tell(connection, answer)
     return answer
+
+
+def _server(port: int, backlog: int) -> socket.socket:
+    """Listens to IPv4 and, where there is one, IPv6."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=backlog)
 
 
 def _verdict(rank: Rank, hosts: dict[int, str], timeout: float) -> dict[str, Any]:
