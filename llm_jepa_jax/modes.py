@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings
+from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.initial import Initial, initial_tokenizer, open_initial, with_initial
-from llm_jepa_jax.checkpoint.places import is_hub_id, is_url, new_place
+from llm_jepa_jax.checkpoint.places import is_url, new_place
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data

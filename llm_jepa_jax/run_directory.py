@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from llm_jepa_jax.checkpoint.hf_directory import is_published, open_directory
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings, export
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
+from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.manager import restore_params
-from llm_jepa_jax.checkpoint.places import Place, absolute, is_hub_id, on_this_machine, place
+from llm_jepa_jax.checkpoint.places import Place, absolute, on_this_machine, place
 from llm_jepa_jax.config import Config, DataConfig, InitConfig, MeshConfig, TrainConfig, freeze, to_dict
 from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError

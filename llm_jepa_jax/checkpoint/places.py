@@ -6,22 +6,19 @@ Paths of object stores are those of `etils.epath`, which behave like those of `p
 
 import functools
 import pathlib
-import re
 import tempfile
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from llm_jepa_jax.checkpoint.hub import local_directory
 from llm_jepa_jax.errors import UserError
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 """The library that each kind of URL needs."""
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "tokenizer/*")
 """What a checkpoint has besides its weights, in its directory or a run's."""
-HUB_FILES = [*SMALL_FILES[:-1], "*.safetensors"]
-"""What is fetched of a model of the hub."""
 Place = pathlib.Path | epath.Path
 
 
@@ -30,34 +27,17 @@ def is_url(name: str | pathlib.PurePath) -> bool:
     return "://" in str(name)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a checkpoint's name is `ORGANISATION/MODEL` and no directory here."""
-    return bool(HUB_ID.fullmatch(name)) and not pathlib.Path(name).is_dir()
-
-
 def place(name: str) -> Place:
     """The directory of a checkpoint; one of the hub is fetched unless it is in the cache.
 
     Raises:
         UserError: it cannot be reached, with the fix.
     """
-    if is_url(name):
-        return _of_store(name)
-    if not is_hub_id(name):
-        return pathlib.Path(name).expanduser()
-    try:
-        import huggingface_hub  # optional: only models of the hub need it
-    except ImportError as error:
-        raise UserError(
-            f"{name}: no such directory; to fetch it from the hub, `pip install huggingface_hub`"
-        ) from error
-    try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{name}: no such directory, and the hub did not give it ({type(error).__name__}: {reason(error)}); where "
-            f"there is a network, `huggingface-cli download {name} --local-dir DIR`, then name DIR"
-        ) from error
+    if not is_url(name):
+        return local_directory(name)
+    if not _is_there(name):
+        raise UserError(f"{name}: no such directory")
+    return epath.Path(name)
 
 
 def absolute(directory: Place) -> Place:
@@ -74,12 +54,6 @@ def new_place(name: str | pathlib.PurePath) -> Place:
     if not is_url(name):
         return pathlib.Path(name).expanduser()
     _is_there(str(name))
-    return epath.Path(name)
-
-
-def _of_store(name: str) -> epath.Path:
-    if not _is_there(name):
-        raise UserError(f"{name}: no such directory")
     return epath.Path(name)
 
 
