@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jepa_jax.checkpoint.export_settings import SHARD_BYTES, ExportSettings
 from llm_jepa_jax.checkpoint.hf_directory import is_published
-from llm_jepa_jax.checkpoint.hub import local_directory
+from llm_jepa_jax.checkpoint.places import new_place, place
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
 from llm_jepa_jax.eval.generate import Generator
@@ -61,10 +61,11 @@ class LanguageModel:
         return [host[row, : len(sequence)] for row, sequence in enumerate(ids)]
 
     def logits(self, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Next-token logits of each sequence: float32 [length, V] each; errors as in `hidden`."""
-        head_DxV = np.asarray(head_kernel(self.run.params, self.run.config.model).astype(jnp.float32))
-        cap = self.run.config.model.logit_soft_cap
-        bias_V = np.asarray(self.run.params.get("head_bias", 0.0), np.float32)
+        """Next-token logits of each sequence: float32 [length, V] each, of ids alone; errors as in `hidden`."""
+        model = self.run.config.model
+        head_DxV = np.asarray(head_kernel(self.run.params, model).astype(jnp.float32))[:, : model.vocab_size]
+        cap = model.logit_soft_cap
+        bias_V = np.asarray(self.run.params.get("head_bias", np.zeros(1)), np.float32)[: model.vocab_size]
         logits = [hidden_LxD @ head_DxV + bias_V for hidden_LxD in self.hidden(ids)]
         return [cap * np.tanh(logits_LxV / cap) for logits_LxV in logits] if cap else logits
 
@@ -128,14 +129,16 @@ class LanguageModel:
         Raises:
             UserError: no published family can say this model, the directory is not new, or an argument is wrong.
         """
-        export_run(self.run, pathlib.Path(directory).expanduser(), ExportSettings(dtype, shard_bytes), predictor_rows)
+        export_run(self.run, new_place(directory), ExportSettings(dtype, shard_bytes), predictor_rows)
 
 
 def load(directory: str | pathlib.Path) -> LanguageModel:
     """Opens a run's directory, or that of a published model (`config.json` and safetensors), or a model of the hub.
 
+    Directories may lie in a store (`gs://BUCKET/DIR`, also `s3://`, `az://`, `hf://`).
+
     Raises:
         UserError: it is neither, a file is missing or damaged, or the model is not supported.
     """
-    path = local_directory(str(directory))
-    return LanguageModel(open_published(path) if is_published(path) else open_run(path))
+    found = place(str(directory))
+    return LanguageModel(open_published(found) if is_published(found) else open_run(found))

@@ -85,8 +85,9 @@ class InitConfig:
     checkpoint: str = key(
         "",
         "what the weights start from: a run's directory (its newest checkpoint), a directory with a published model's "
-        "config.json and safetensors, or its id on the Hugging Face hub; empty: random weights. Keys of `model` left "
-        "at their defaults are then the checkpoint's, and others must agree with it",
+        "config.json and safetensors, its id on the Hugging Face hub, or either directory in a store "
+        "(`gs://BUCKET/DIR`); empty: random weights. Keys of `model` left at their defaults are then the checkpoint's, "
+        "and others must agree with it",
     )
     new_rows: str = key(
         "mean",
@@ -114,7 +115,13 @@ class RopeScalingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int = key(0, "rows of the embedding; 0: the tokenizer's size", "tokens")
+    vocab_size: int = key(0, "ids that the model knows; 0: the tokenizer's size", "tokens")
+    vocab_multiple: int = key(
+        128,
+        "embedding and head are stored with a multiple of so many rows, raised to one of `mesh.tensor`; those behind "
+        "`model.vocab_size` are zeros without probability or gradient, and never exported",
+        "tokens",
+    )
     embed_dim: int = key(192, "width of the residual stream")
     num_layers: int = key(6, "decoder blocks")
     num_heads: int = key(6, "query heads of a layer, or the most where layers differ")
@@ -169,6 +176,11 @@ class ModelConfig:
     logit_soft_cap: float = key(0.0, "logits become cap · tanh(logits / cap); 0: off")
     init_std: float = key(0.02, "standard deviation of the initial weights")
     family: str = key("", "the `model_type` that an export writes; empty: the first family that can say this model")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding, padding included."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def uniform(self) -> bool:

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import ml_collections
+from etils import epath
 
 from llm_jepa_jax.config import freeze, to_dict
 from llm_jepa_jax.errors import UserError
@@ -15,16 +16,16 @@ def get_config(path: str) -> ml_collections.ConfigDict:
     return load_json(path)
 
 
-def load_json(path: str | pathlib.Path) -> ml_collections.ConfigDict:
+def load_json(path: str | pathlib.PurePath) -> ml_collections.ConfigDict:
     """A saved configuration as `ConfigDict`, with defaults for keys it does not name.
 
     Raises:
         UserError: the file is missing, is not JSON, or holds an unknown key.
     """
     try:
-        values = json.loads(pathlib.Path(path).read_text())
+        values = json.loads(epath.Path(path).read_text())
     except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from error
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); pass a config.json of a run") from error
     if not isinstance(values, dict):

@@ -50,6 +50,10 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("against", "", "verify: the other model, a run's or a published directory", flag_values=values)
     flags.DEFINE_integer("max_positions", 10240, "verify: tokens of the longest sequence", flag_values=values)
     flags.DEFINE_integer("rows", 3, "inspect: how many rows to show", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several run as one", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many run as one", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all of them", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("debug", False, "show the stack trace of an error", flag_values=values)
 
 
@@ -115,6 +119,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
             raise UserError(f"command line: --{name} belongs to --mode={' or '.join(modes)}, not to {values.mode}")
     if values.mode == "verify" and not values.workdir:
         raise UserError("--mode=verify: pass --workdir=DIR and --against=DIR (a run's or a published model's)")
+    if "://" in (values.workdir or "") and values.mode != "verify":
+        raise UserError(f"--workdir={values.workdir}: a run's directory is local; name one here, or a mounted bucket")
     if values.workdir is None:
         values.workdir = str(pathlib.Path("runs") / _run_name(given))
     return values
@@ -133,7 +139,14 @@ def run(argv: list[str]) -> dict[str, object]:
     values = parse(argv)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read an absl flag
-    from llm_jepa_jax import modes, publish, verify  # JAX starts here, after wrong flags have been refused
+    from llm_jepa_jax.parallel.processes import joined  # JAX starts here, after wrong flags have been refused
+
+    with joined(values.coordinator, values.num_processes, values.process_id, values.start_timeout):
+        return _run_mode(values)
+
+
+def _run_mode(values: flags.FlagValues) -> dict[str, object]:
+    from llm_jepa_jax import modes, publish, verify  # as above
 
     if values.mode == "verify":
         return verify.verify(values.workdir, values.against, values.out, values.max_positions)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.initial import Initial, initial_tokenizer, open_initial, with_initial
+from llm_jepa_jax.checkpoint.places import is_url
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
@@ -27,7 +28,8 @@ from llm_jepa_jax.eval.evaluate import evaluate as run_task
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
-from llm_jepa_jax.resolve import attention_backend, resolve, with_vocabulary
+from llm_jepa_jax.parallel.processes import wait_for_all
+from llm_jepa_jax.resolve import attention_backend, resolve
 from llm_jepa_jax.run_directory import check_directory, claim, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer, saved_tokenizer
@@ -36,6 +38,7 @@ from llm_jepa_jax.train.loop import train as run_training
 from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar
 from llm_jepa_jax.train.state import state_factory
+from llm_jepa_jax.vocabulary import with_vocabulary
 
 LOG = logging.getLogger("llm_jepa_jax")
 
@@ -78,7 +81,7 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
 
 def _absolute(init: InitConfig) -> InitConfig:
     name = init.checkpoint
-    if not name or is_hub_id(name) or "://" in name:
+    if not name or is_hub_id(name) or is_url(name):
         return init
     return dataclasses.replace(init, checkpoint=str(pathlib.Path(name).expanduser().absolute()))
 
@@ -114,6 +117,7 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     )  # fmt: skip
     with phases.phase("prepare data"):
         data = make_train_data(config, job.tokenizer, job.splits.train, job.splits.weights)
+    wait_for_all("claim")  # others may still be looking at what the directory holds
     claim(workdir, config, job.tokenizer, job.splits)
     _log_data(data)
     factory = state_factory(config, job.mesh, data.num_steps)
@@ -223,7 +227,7 @@ def generate(values: ml_collections.ConfigDict, workdir: pathlib.Path, prompts: 
     system = [Message("system", run.system)] if run.system else []
     ids = [render_prompt(run.tokenizer, [*system, Message("user", prompt)]) for prompt in prompts]
     answers = [run.tokenizer.decode(new) for new, _ in generator(run.params, ids)]
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True) if jax.process_index() == 0 else ():
         print(f"{prompt}\n  → {answer}")
     return {"step": run.step, "answers": answers, "workdir": str(workdir)}
 

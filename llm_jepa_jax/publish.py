@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 
 from llm_jepa_jax.checkpoint.export_settings import ExportSettings
+from llm_jepa_jax.checkpoint.places import new_place
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.run_directory import export_run, open_run
@@ -19,5 +20,5 @@ def export(
     if not out:
         raise UserError("--mode=export: no directory to write; pass --out=DIR")
     run = open_run(workdir, freeze(values))
-    files = export_run(run, pathlib.Path(out).expanduser(), settings, predictor_rows)
+    files = export_run(run, new_place(out), settings, predictor_rows)
     return {"step": run.step, "out": out, "weight_files": files, "workdir": str(workdir)}

@@ -22,6 +22,7 @@ TERMS = tuple(f.name for f in dataclasses.fields(ObjectiveConfig) if f.metadata.
 SPREADS = tuple(term for term in TERMS if isinstance(getattr(ObjectiveConfig(), term), SpreadConfig))
 POSITIVE = [
     "text.vocab_size",
+    "model.vocab_multiple",
     "data.row_length",
     "data.rows_per_step",
     "data.prefetch",
@@ -179,29 +180,6 @@ def _check_attention(config: Config, row_length: int) -> None:
         refusal = _refusal(config.train.attention, config, row_length)
         if refusal:
             raise UserError(f"config: {refusal}")
-
-
-def with_vocabulary(config: Config, tokenizer_size: int, tensor: int, initial_size: int = 0) -> Config:
-    """Fills `model.vocab_size` (0: the tokenizer's size) and checks that it holds every id.
-
-    `initial_size` is that of the model to start from, whose rows are all kept.
-
-    Raises:
-        UserError: the model's vocabulary is smaller than the tokenizer's or does not divide over `mesh.tensor`.
-    """
-    size = config.model.vocab_size or max(tokenizer_size, initial_size)
-    if size < initial_size:
-        _fail("model.vocab_size", size, f"is below the {initial_size} of `init.checkpoint`; use {initial_size} or more")
-    if size < tokenizer_size:
-        _fail(
-            "model.vocab_size",
-            size,
-            f"is below the tokenizer's {tokenizer_size} pieces; use {tokenizer_size} or more, or 0",
-        )
-    if size % tensor:
-        key = "model.vocab_size" if config.model.vocab_size or config.text.tokenizer else "text.vocab_size"
-        _fail(key, size, f"does not divide over `mesh.tensor`={tensor}; use {-(-size // tensor) * tensor}")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def _check_ranges(config: Config) -> None:

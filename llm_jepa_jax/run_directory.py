@@ -20,6 +20,7 @@ from llm_jepa_jax.checkpoint.hf_export import export
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
 from llm_jepa_jax.checkpoint.hub import cached_directory
 from llm_jepa_jax.checkpoint.manager import restore_params
+from llm_jepa_jax.checkpoint.places import Place, absolute, is_url, on_this_machine, place
 from llm_jepa_jax.config import Config, DataConfig, InitConfig, MeshConfig, TrainConfig, freeze, to_dict
 from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError
@@ -32,6 +33,7 @@ from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.schema import flatten
 from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY
 from llm_jepa_jax.text.tokenizer import MODEL_FILE, Tokenizer, has_tokenizer, load_tokenizer, saved_tokenizer
+from llm_jepa_jax.vocabulary import padded
 
 LOG = logging.getLogger("llm_jepa_jax")
 FILES = ("config.json", "run.json", "checkpoints")
@@ -41,6 +43,7 @@ RESUMABLE = (
     "log",
     "checkpoint",
     "mesh",
+    "model.vocab_multiple",
     "data.workers",
     "data.prefetch",
     "data.cache_dir",
@@ -66,10 +69,10 @@ class Run:
     """The run's directory; None: a published model, as it came."""
 
     @property
-    def published(self) -> pathlib.Path | None:
-        """The directory of the published model that the weights come from, if it is one and is here."""
+    def published(self) -> Place | None:
+        """The directory of the published model that the weights come from, if it is one and is there."""
         name = self.config.init.checkpoint
-        directory = cached_directory(name) if name else None
+        directory = place(name) if is_url(name) else cached_directory(name) if name else None
         return directory if directory and is_published(directory) else None
 
 
@@ -133,7 +136,7 @@ def _check_same_run(workdir: pathlib.Path, config: Config, facts: dict[str, str 
             )
 
 
-def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
+def open_run(workdir: Place, config: Config | None = None) -> Run:
     """Opens the newest checkpoint of a run directory; `config` (default: its own config.json) may name another mesh.
 
     Raises:
@@ -142,13 +145,14 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     for name in FILES:
         if not (workdir / name).exists():
             raise UserError(f"{workdir}: has no {name}; a run directory holds {', '.join(FILES)}")
-    tokenizer = saved_tokenizer(workdir)
+    tokenizer = saved_tokenizer(on_this_machine(workdir))
     if tokenizer is None:
         raise UserError(f"{workdir}: has no {MODEL_FILE} and no {CHECKPOINT_DIRECTORY}/; a run directory holds one")
     saved = freeze(load_json(workdir / "config.json"))
     config = config or saved
-    config = dataclasses.replace(config, model=saved.model)  # its vocabulary size is known only there
     mesh = make_mesh(config.mesh)
+    model = padded(saved.model, mesh.shape["tensor"])  # its vocabulary size is known only there
+    config = dataclasses.replace(config, model=model)
     config = resolve(config, mesh.devices.shape)
     shapes, axes = abstract_parameters(config)
     abstract = placed(shapes, parameter_shardings(mesh, axes))
@@ -157,7 +161,7 @@ def open_run(workdir: pathlib.Path, config: Config | None = None) -> Run:
     return Run(config, mesh, tokenizer, step, params, facts["system"], workdir)
 
 
-def open_published(directory: pathlib.Path) -> Run:
+def open_published(directory: Place) -> Run:
     """Opens the directory of a published model on all devices, with what they share of its width.
 
     Its weights keep their type where it is bfloat16, and are computed with in float32.
@@ -167,7 +171,8 @@ def open_published(directory: pathlib.Path) -> Run:
     """
     checkpoint = open_directory(directory)
     mesh = make_mesh(MeshConfig(fsdp=math.gcd(checkpoint.model.embed_dim, jax.device_count())))
-    tokenizer = load_tokenizer(directory) if has_tokenizer(directory) else None
+    files = on_this_machine(directory)
+    tokenizer = load_tokenizer(files) if has_tokenizer(files) else None
     known = tokenizer is not None and tokenizer.predictor_ids[0] < checkpoint.model.vocab_size
     if tokenizer is not None and not known:
         LOG.warning(
@@ -177,16 +182,16 @@ def open_published(directory: pathlib.Path) -> Run:
     config = Config(
         objective=ObjectiveConfig(jepa=JepaConfig(num_predictors=int(known))),
         data=DataConfig(rows_per_step=mesh.size),
-        init=InitConfig(checkpoint=str(directory.absolute())),
+        init=InitConfig(checkpoint=str(absolute(directory))),
         model=checkpoint.model,
         train=TrainConfig(param_dtype=checkpoint.dtype),
     )
     config = resolve(config, mesh.devices.shape)
-    params = read_parameters(checkpoint, mesh, checkpoint.dtype, checkpoint.model.vocab_size)
+    params = read_parameters(checkpoint, mesh, checkpoint.dtype, checkpoint.model.padded_vocab_size)
     return Run(config, mesh, tokenizer, 0, params, "")
 
 
-def export_run(run: Run, directory: pathlib.Path, settings: ExportSettings, predictor_rows: str = "keep") -> int:
+def export_run(run: Run, directory: Place, settings: ExportSettings, predictor_rows: str = "keep") -> int:
     """Writes a run's model as a published one, with its tokenizer, generation settings and a model card.
 
     With `predictor_rows="drop"`, rows of predictor tokens that the checkpoint did not have are left out, and the

@@ -28,8 +28,8 @@ from llm_jepa_jax.analysis.compare import (
     verdict,
 )
 from llm_jepa_jax.checkpoint.hf_directory import is_published, open_directory
-from llm_jepa_jax.checkpoint.hub import local_directory
 from llm_jepa_jax.checkpoint.initial import OWN_KEYS
+from llm_jepa_jax.checkpoint.places import Place, place
 from llm_jepa_jax.config import Config, MeshConfig, ModelConfig, freeze, to_dict
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
@@ -47,7 +47,7 @@ class Side:
     """One of two models, before its weights are read."""
 
     name: str
-    directory: pathlib.Path
+    directory: Place
     model: ModelConfig
     run: Config | None
     """Of a run; None: a published model."""
@@ -71,7 +71,7 @@ def find_side(name: str) -> Side:
     Raises:
         UserError: it is none of these, or a file is missing or damaged.
     """
-    directory = local_directory(name)
+    directory = place(name)
     if is_published(directory):
         checkpoint = open_directory(directory)
         stored = {p.path: {checkpoint.tensors[tensor].dtype for tensor in p.names} for p in checkpoint.parameters}
@@ -192,7 +192,7 @@ def _settings(first: ModelConfig, second: ModelConfig) -> list[str]:
     return [
         f"`model.{key}` is {value} and {theirs[key]}"
         for key, value in flatten(to_dict(first)).items()
-        if value != theirs[key] and key not in (*OWN_KEYS, "vocab_size")
+        if value != theirs[key] and key not in (*OWN_KEYS, "vocab_size", "vocab_multiple")
     ]
 
 

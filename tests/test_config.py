@@ -19,8 +19,9 @@ from llm_jepa_jax.config import (
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
 from llm_jepa_jax.parallel.mesh import make_mesh, mesh_shape
-from llm_jepa_jax.resolve import resolve, with_vocabulary
+from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.schema import flatten
+from llm_jepa_jax.vocabulary import with_vocabulary
 from tests.conftest import REPOSITORY
 
 PRESETS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
@@ -112,6 +113,10 @@ def test_contradictions_name_key_value_and_fix():
 
 
 def test_vocabulary_is_the_tokenizers_unless_set():
+    """And is stored with as many rows as the mesh can cut, the same for every power of two."""
     assert with_vocabulary(Config(), 1000, 2).model.vocab_size == 1000
-    with pytest.raises(UserError, match=r"`text.vocab_size`=1001 does not divide over `mesh.tensor`=2; use 1002"):
-        with_vocabulary(Config(), 1001, 2)
+    sizes = {tensor: with_vocabulary(Config(), 1001, tensor).model.padded_vocab_size for tensor in (1, 2, 8, 128, 3)}
+    assert sizes == {1: 1024, 2: 1024, 8: 1024, 128: 1024, 3: 1152}
+    assert with_vocabulary(Config(), 1152, 3).model.vocab_multiple == 128
+    with pytest.raises(UserError, match=r"`model.vocab_size`=9 is below the 10 pieces of the tokenizer; use 10 or mor"):
+        with_vocabulary(dataclasses.replace(Config(), model=ModelConfig(vocab_size=9)), 10, 1)

@@ -21,6 +21,7 @@ ORDER = (
         "huge_pages",
         "schema",
         "objective_config",
+        "vocabulary",
     ),
     ("text", "parallel"),
     ("data", "models"),

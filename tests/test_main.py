@@ -251,7 +251,7 @@ SMOKE = "--config=configs/tiny.py:smoke"
         ),
         ([SMOKE, "--config.objective.jepa.dropout=1.5"], "must lie between 0 and 1"),
         ([SMOKE, "--config.model.num_kv_heads=3"], "does not divide `model.num_heads`=4"),
-        ([SMOKE, "--config.model.vocab_size=100"], "is below the tokenizer's 512 pieces"),
+        ([SMOKE, "--config.model.vocab_size=100"], "is below the 512 pieces of the tokenizer"),
         ([SMOKE, "--config.train.num_steps=0"], "leave nothing to do"),
         ([SMOKE, "--config.objective.vicreg.weight=1", "--config.objective.jepa.weight=0"], "has no views"),
         ([SMOKE, "--mode=fly"], "--mode"),

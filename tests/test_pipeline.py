@@ -26,7 +26,7 @@ from tests.conftest import host_batch, host_rows, plain_costs, small_config, sma
 
 
 def batches(data, step, count, process=0, processes=1):
-    iterator = data.iterator(step, process, processes)
+    iterator = data.iterator(step, (process,), processes)
     out = [next(iterator) for _ in range(count)]
     iterator.close()
     return out

@@ -10,6 +10,7 @@ from typing import Any
 import llm_jepa_jax
 from llm_jepa_jax.checkpoint.companions import licence_fields
 from llm_jepa_jax.checkpoint.hub import is_hub_id
+from llm_jepa_jax.checkpoint.places import Place
 from llm_jepa_jax.config import Config, to_dict
 from llm_jepa_jax.models.families.registry import family_of
 from llm_jepa_jax.models.transformer import abstract_params, count_params
@@ -35,7 +36,7 @@ class CardFacts:
     step: int
     workdir: pathlib.Path | None
     """The run's directory; None: the weights are a published model's, as they came."""
-    source: pathlib.Path | None
+    source: Place | None
     """The directory of the published model that training started from, if it is one and is at hand."""
     tokenizer: Tokenizer | None
     dtype: str
@@ -88,7 +89,7 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _what(facts: CardFacts) -> str:
     model = facts.config.model
-    count = count_params(abstract_params(model, facts.dtype)[0])
+    count = count_params(abstract_params(dataclasses.replace(model, vocab_multiple=1), facts.dtype)[0])
     start = f"`{facts.base}`" if facts.base else "random weights"
     version = f"llm_jepa_jax {llm_jepa_jax.__version__}"
     how = f"trained from {start} with {version}" if facts.workdir else f"{start} as it is, written by {version}"

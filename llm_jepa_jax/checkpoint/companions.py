@@ -2,11 +2,11 @@
 """What stands beside an export's weights: tokenizer and generation files, licences, and how many rows are kept."""
 
 import dataclasses
-import pathlib
 import re
 from typing import Any
 
 from llm_jepa_jax.checkpoint.hf_directory import CONFIG, read_json
+from llm_jepa_jax.checkpoint.places import Place
 from llm_jepa_jax.text.interface import TOKEN_IDS, Tokenizer
 
 GENERATION, CARD = "generation_config.json", "README.md"
@@ -23,7 +23,7 @@ class Companions:
     token_ids: dict[str, Any]
 
 
-def kept_rows(rows: int, tokenizer: Tokenizer | None, source: pathlib.Path | None, predictor_rows: str) -> int:
+def kept_rows(rows: int, tokenizer: Tokenizer | None, source: Place | None, predictor_rows: str) -> int:
     """Rows of the vocabulary that an export has.
 
     With `predictor_rows="drop"` those of predictor tokens that the checkpoint did not have are left out: the model
@@ -36,7 +36,7 @@ def kept_rows(rows: int, tokenizer: Tokenizer | None, source: pathlib.Path | Non
     return min(rows, max(min(tokenizer.new_ids), known))
 
 
-def companions(tokenizer: Tokenizer | None, source: pathlib.Path | None, with_new: bool) -> Companions:
+def companions(tokenizer: Tokenizer | None, source: Place | None, with_new: bool) -> Companions:
     """Those of a model with this tokenizer; `source` is the published directory that its weights come from.
 
     `with_new` says that the model has trained rows for the tokenizer's new ids.
@@ -54,7 +54,7 @@ def companions(tokenizer: Tokenizer | None, source: pathlib.Path | None, with_ne
     return Companions(files, ids)
 
 
-def licence_fields(source: pathlib.Path | None) -> list[str]:
+def licence_fields(source: Place | None) -> list[str]:
     """The lines on the licence in the front matter of a published model's card, as they are there."""
     if source is None or not (source / CARD).is_file():
         return []

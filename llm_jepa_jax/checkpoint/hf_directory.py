@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import pathlib
 import re
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jepa_jax.checkpoint.hf_layout import Parameter, parameters
+from llm_jepa_jax.checkpoint.places import Place, reason
 from llm_jepa_jax.checkpoint.safetensors import TYPES, StoredTensor, read_header
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.errors import UserError
@@ -27,7 +27,7 @@ SHOWN = 4
 class HfCheckpoint:
     """A checked directory."""
 
-    directory: pathlib.Path
+    directory: Place
     model: ModelConfig
     parameters: tuple[Parameter, ...]
     tensors: dict[str, StoredTensor]
@@ -38,12 +38,12 @@ class HfCheckpoint:
         return "bfloat16" if {t.dtype for t in self.tensors.values()} == {np.dtype(jnp.bfloat16)} else "float32"
 
 
-def is_published(directory: pathlib.Path) -> bool:
+def is_published(directory: Place) -> bool:
     """Whether a directory holds a published model, rather than a run: its `config.json` names a `model_type`."""
     return (directory / CONFIG).is_file() and "model_type" in read_json(directory / CONFIG)
 
 
-def open_directory(directory: pathlib.Path) -> HfCheckpoint:
+def open_directory(directory: Place) -> HfCheckpoint:
     """Reads `config.json`, the index and the header of every file; no tensor yet.
 
     Raises:
@@ -65,7 +65,7 @@ def open_directory(directory: pathlib.Path) -> HfCheckpoint:
     return HfCheckpoint(directory, model, wanted, kept)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
@@ -74,7 +74,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; name the directory of a published model") from error
+        raise UserError(f"{path}: cannot be read: {reason(error)}; name the directory of a published model") from error
     except ValueError as error:
         raise UserError(f"{path}: is not JSON ({error}); download it again") from error
     if not isinstance(values, dict):
@@ -82,7 +82,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def _tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
+def _tensors(directory: Place) -> dict[str, StoredTensor]:
     """All tensors of the one file, or of those of the index."""
     if (directory / SINGLE).is_file():
         return read_header(directory / SINGLE)
@@ -107,7 +107,7 @@ def _tensors(directory: pathlib.Path) -> dict[str, StoredTensor]:
     return {name: found[file][name] for name, file in places.items()}
 
 
-def _check(directory: pathlib.Path, shapes: dict[str, tuple[int, ...]], found: dict[str, StoredTensor]) -> None:
+def _check(directory: Place, shapes: dict[str, tuple[int, ...]], found: dict[str, StoredTensor]) -> None:
     """The tensors found are those wanted, in shape and type."""
     misshapen = [
         f"{name} {list(found[name].shape)}, not {list(shape)}"

@@ -4,7 +4,6 @@
 import dataclasses
 import json
 import math
-import pathlib
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -18,15 +17,17 @@ from llm_jepa_jax.checkpoint.companions import GENERATION
 from llm_jepa_jax.checkpoint.export_settings import ExportSettings
 from llm_jepa_jax.checkpoint.hf_directory import CONFIG, INDEX, SINGLE
 from llm_jepa_jax.checkpoint.hf_layout import Parameter, at, by_tensor, parameters
+from llm_jepa_jax.checkpoint.places import Place, is_url
 from llm_jepa_jax.checkpoint.safetensors import Writer
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.models.families.registry import family_of
+from llm_jepa_jax.parallel.processes import wait_for_all
 from llm_jepa_jax.parallel.sharding import replicated
 
 
-def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path, settings: ExportSettings) -> int:
+def export(params: Any, config: ModelConfig, mesh: Mesh, directory: Place, settings: ExportSettings) -> int:
     """Writes `config.json`, the weights and `settings.files`; returns the number of weight files.
 
     Every process takes part, and the first one writes. One tensor at a time is whole on the devices and on the host.
@@ -44,20 +45,23 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path
         raise UserError(f"{directory}: is not empty; name a new directory")
     wanted = by_tensor(parameters(family, config))
     files = _files(wanted, dtype.itemsize, settings.shard_bytes)
-    part = directory.with_name(directory.name + ".part")
+    # A store cannot rename directories; what is torn there has no index, or lacks shards.
+    part = directory if is_url(directory) else directory.with_name(directory.name + ".part")
     if jax.process_index() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        if not is_url(directory):
+            shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True, exist_ok=True)
         values = family.write(config) | {"dtype": dtype.name, "torch_dtype": dtype.name, "use_cache": True}
         _write_json(part / CONFIG, values | settings.token_ids)
         _write_json(part / GENERATION, settings.token_ids)
         for name, data in settings.files.items():
             (part / name).write_bytes(data)
     _write_weights(params, wanted, mesh, part, files, dtype)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and part != directory:
         if directory.exists():
             directory.rmdir()
         part.rename(directory)
+    wait_for_all("exported")
     return len(files)
 
 
@@ -79,7 +83,7 @@ def _files(wanted: list[list[Parameter]], width: int, most: int) -> dict[str, di
 
 
 def _write_weights(
-    params: Any, wanted: list[list[Parameter]], mesh: Mesh, part: pathlib.Path, files: Any, dtype: np.dtype
+    params: Any, wanted: list[list[Parameter]], mesh: Mesh, part: Place, files: Any, dtype: np.dtype
 ) -> None:
     writes = jax.process_index() == 0
     place = {name: file for file, group in files.items() for name in group}
@@ -120,5 +124,5 @@ def _parts(leaf: jax.Array, parameter: Parameter, mesh: Mesh) -> Iterator[np.nda
         yield parameter.to_published(np.asarray(take(leaf, number).addressable_data(0)))
 
 
-def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+def _write_json(path: Place, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")

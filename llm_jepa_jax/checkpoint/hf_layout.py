@@ -68,7 +68,14 @@ class Parameter:
         rows = slice(rows.start + self.first_row, rows.stop + self.first_row)
         return (rows, _folded(parts[: self._inputs])) if self._inputs else (rows,)
 
-    def from_published(self, array: np.ndarray, index: Index) -> np.ndarray:
+    def published_axes(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What rows and columns are cut over, from what each axis of one layer is cut over: only the first one is of
+        those that are folded into one."""
+        if self._inputs:
+            return axes[self._inputs], axes[0]
+        return axes if self.path == "embedding" else axes[:1]
+
+    def from_published(self, array: Any, index: Index) -> Any:
         """The part of one layer, from what `published_index` read."""
         shape = tuple(len(range(*s.indices(size))) for s, size in zip(index, self.shape, strict=True))
         return (array.T if self._inputs else array).reshape(shape)
@@ -94,7 +101,11 @@ def _folded(parts: list[tuple[tuple[int, int], int]]) -> slice:
 
 
 def parameters(family: Family, config: ModelConfig) -> Iterator[Parameter]:
-    """Every parameter of a model, in an order of names; those of one tensor follow each other as they lie in it."""
+    """Every parameter of a model, in an order of names; those of one tensor follow each other as they lie in it.
+
+    Padding of the vocabulary is not published.
+    """
+    config = dataclasses.replace(config, vocab_multiple=1)
     groups: dict[str, list[tuple[int, Parameter]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config, jnp.float32)[0]):
         keys = [entry.key for entry in path]

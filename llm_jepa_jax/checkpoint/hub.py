@@ -22,8 +22,6 @@ def local_directory(name: str) -> pathlib.Path:
     Raises:
         UserError: it cannot be fetched, with the fix.
     """
-    if "://" in name:
-        raise UserError(f"{name}: checkpoints are read from local directories; copy it to one and name that")
     if not is_hub_id(name):
         return pathlib.Path(name).expanduser()
     try:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import logging
-import pathlib
 from typing import Any
 
 import jax
@@ -11,8 +10,8 @@ from jax.sharding import Mesh
 
 from llm_jepa_jax.checkpoint.hf_directory import HfCheckpoint, is_published, open_directory
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
-from llm_jepa_jax.checkpoint.hub import local_directory
 from llm_jepa_jax.checkpoint.manager import restore_params
+from llm_jepa_jax.checkpoint.places import Place, on_this_machine, place
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS, with_new_rows
 from llm_jepa_jax.config import Config, ModelConfig, freeze, to_dict
 from llm_jepa_jax.errors import UserError
@@ -31,7 +30,7 @@ OWN_KEYS = ("max_positions", "init_std", "family")
 class Initial:
     """A trained model to start from."""
 
-    directory: pathlib.Path
+    directory: Place
     source: Config | HfCheckpoint
     """The configuration of a run, or a published model."""
 
@@ -49,7 +48,7 @@ def open_initial(config: Config) -> Initial | None:
     """
     if not config.init.checkpoint:
         return None
-    directory = local_directory(config.init.checkpoint)
+    directory = place(config.init.checkpoint)
     if is_published(directory):
         return Initial(directory, open_directory(directory))
     for name in ("config.json", "checkpoints"):
@@ -71,8 +70,8 @@ def with_initial(config: Config, start: Initial | None) -> Config:
     theirs, defaults = flatten(to_dict(start.model)), flatten(to_dict(ModelConfig()))
     values = flatten(to_dict(config.model))
     for key, value in values.items():
-        if key == "vocab_size":
-            continue  # that of the tokenizer or the checkpoint, whichever is larger: `resolve.with_vocabulary`
+        if key in ("vocab_size", "vocab_multiple"):
+            continue  # what holds the tokenizer and the checkpoint, on this mesh: `vocabulary.with_vocabulary`
         if value == defaults[key]:
             values[key] = theirs[key]
         elif value != theirs[key] and key not in OWN_KEYS:
@@ -89,9 +88,10 @@ def initial_tokenizer(config: Config, start: Initial) -> Tokenizer:
     Raises:
         UserError: an id of the run stands for something else, or a published model comes without a tokenizer.
     """
-    saved = saved_tokenizer(start.directory)
-    if isinstance(start.source, HfCheckpoint) and has_tokenizer(start.directory):
-        saved = load_tokenizer(start.directory, config.text.chat_template)
+    files = on_this_machine(start.directory)
+    saved = saved_tokenizer(files)
+    if isinstance(start.source, HfCheckpoint) and has_tokenizer(files):
+        saved = load_tokenizer(files, config.text.chat_template)
     if saved is None and config.text.tokenizer:
         return load_tokenizer(config.text.tokenizer, config.text.chat_template)
     if saved is None:
@@ -117,7 +117,7 @@ def initial_parameters(key: jax.Array, config: Config, start: Initial, mesh: Mes
     shapes, axes = abstract_parameters(config)
     shardings = parameter_shardings(mesh, axes)
     if isinstance(start.source, HfCheckpoint):
-        params = read_parameters(start.source, mesh, config.train.param_dtype, config.model.vocab_size)
+        params = read_parameters(start.source, mesh, config.train.param_dtype, config.model.padded_vocab_size)
         words = ""
     else:
         step, params = _of_run(config, start, mesh)
@@ -140,7 +140,9 @@ def initial_parameters(key: jax.Array, config: Config, start: Initial, mesh: Mes
 
 def _of_run(config: Config, start: Initial, mesh: Mesh) -> tuple[int, Any]:
     """The step and the parameters of a run, with those linear predictors that both have."""
-    old = dataclasses.replace(config, model=start.model)
+    old = dataclasses.replace(
+        config, model=dataclasses.replace(start.model, vocab_multiple=config.model.vocab_multiple)
+    )
     shapes, axes = abstract_parameters(old)
     known = abstract_parameters(start.source)[0].get("predictors", {})
     for name in set(shapes.get("predictors", {})) - set(known):

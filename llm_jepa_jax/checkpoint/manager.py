@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints through Orbax: written in the background, checked when read, and never deleted when they are damaged."""
 
+import dataclasses
 import logging
 import pathlib
 from typing import Any
@@ -9,8 +10,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from llm_jepa_jax.checkpoint.places import Place, absolute
+from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import CheckpointConfig
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.parallel.processes import wait_for_all
 
 LOG = logging.getLogger("llm_jepa_jax")
 # Orbax warns at every save without a score; saving between evaluations is what we want.
@@ -105,9 +109,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, abstract_state: Any) -> Any:
-        restore = ocp.args.PyTreeRestore(
-            abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        )
+        restore = ocp.args.PyTreeRestore(abstract_state, restore_args=_restore_args(abstract_state))
         return self._manager.restore(step, args=ocp.args.Composite(state=restore, meta=ocp.args.JsonRestore()))
 
     def _set_aside(self, step: int, error: Exception) -> None:
@@ -117,11 +119,23 @@ class Checkpoints:
             self._invalid.mkdir(exist_ok=True)
             number = sum(1 for path in self._invalid.iterdir() if path.name.startswith(f"{step}-"))
             (self.directory / str(step)).rename(self._invalid / f"{step}-{number}")
+        wait_for_all("set aside")
         self._manager.close()
         self._manager = self._open()
 
 
-def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
+def _restore_args(abstract: Any) -> Any:
+    """Shapes must be those stored, but for the vocabulary's padding, which another mesh may want otherwise."""
+
+    def args(path: Any, leaf: ocp.ArrayRestoreArgs) -> ocp.ArrayRestoreArgs:
+        if getattr(path[-1], "key", None) in VOCABULARY_AXIS:
+            return dataclasses.replace(leaf, strict=False)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(args, ocp.checkpoint_utils.construct_restore_args(abstract))
+
+
+def restore_params(directory: Place, abstract_params: Any, step: int | None = None) -> tuple[int, Any]:
     """Parameters alone of a run's checkpoint (the newest readable by default), on the shardings of `abstract_params`.
 
     Returns the step and the parameters. Nothing in the directory is changed.
@@ -138,13 +152,11 @@ def restore_params(directory: pathlib.Path, abstract_params: Any, step: int | No
     if not wanted:
         raise UserError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; train the run first")
     item = {"params": abstract_params}
-    arguments = ocp.args.PyTreeRestore(
-        item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
+    arguments = ocp.args.PyTreeRestore(item, restore_args=_restore_args(item), partial_restore=True)
     for number in wanted:
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                restored = checkpointer.restore(directory.absolute() / str(number) / "state", args=arguments)
+                restored = checkpointer.restore(absolute(directory) / str(number) / "state", args=arguments)
             return number, restored["params"]
         except Exception as error:  # any failure to read means: not valid
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

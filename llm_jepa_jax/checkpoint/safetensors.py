@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jepa_jax.checkpoint.places import Place, file_size, read_range
 from llm_jepa_jax.errors import UserError
 
 TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
@@ -28,7 +29,7 @@ ALIGNMENT = 8
 class StoredTensor:
     """Where a tensor lies."""
 
-    path: pathlib.Path
+    path: Place
     type_name: str
     shape: tuple[int, ...]
     start: int
@@ -40,26 +41,29 @@ class StoredTensor:
         return TYPES[self.type_name]
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A copy of a part of it. The file is mapped while this runs, so nothing else of it is held."""
-        mapped = np.memmap(self.path, self.dtype, "r", self.start, self.shape)
-        return np.array(mapped[index])
+        """A part of it, of which whole rows are read, and no others.
+
+        Raises:
+            UserError: the file cannot be read, or ends too early.
+        """
+        first, stop, _ = (index or (slice(None),))[0].indices(self.shape[0])
+        width = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = read_range(self.path, self.start + first * width, (stop - first) * width)
+        return data.view(self.dtype).reshape(stop - first, *self.shape[1:])[(slice(None), *index[1:])]
 
 
-def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+def read_header(path: Place) -> dict[str, StoredTensor]:
     """The tensors of a file, by name.
 
     Raises:
         UserError: the file is missing, cut short, or no safetensors file.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LARGEST_HEADER):
-                raise UserError(f"{path}: is cut short or no safetensors file ({size} bytes); download it again")
-            values = json.loads(file.read(length))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; download it again") from error
+        size = file_size(path)
+        length = int.from_bytes(read_range(path, 0, 8).tobytes(), "little") if size >= 8 else 0
+        if size < 8 or length > min(size - 8, LARGEST_HEADER):
+            raise UserError(f"{path}: is cut short or no safetensors file ({size} bytes); download it again")
+        values = json.loads(read_range(path, 8, length).tobytes())
     except ValueError as error:
         raise UserError(f"{path}: has no readable header; it is damaged: download it again") from error
     try:
@@ -90,7 +94,7 @@ def _check_spans(path: pathlib.Path, spans: dict[str, tuple[Any, ...]], size: in
 class Writer:
     """Writes one file: shapes first, then the tensors in that order."""
 
-    def __init__(self, path: pathlib.Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype):
+    def __init__(self, path: Place, shapes: dict[str, tuple[int, ...]], dtype: np.dtype):
         self.path, self._dtype, self._waiting = path, dtype, list(shapes.items())
         self._file = self._open(shapes)
 

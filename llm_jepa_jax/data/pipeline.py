@@ -42,26 +42,38 @@ class Dropped:
 
 
 class Steps:
-    """One process's block of rows of every step, by the step's number: the source that Grain reads.
+    """One process's rows of every step, by the step's number: the source that Grain reads.
 
-    Process p of n holds the p-th block of a step's rows, so that a step's global batch is the same arrays on any number
-    of processes.
+    A step's rows are cut into equal parts, and a process holds those of its devices (`sharding.row_parts`), so that a
+    step's global batch is the same arrays on any number of processes. Every process has every step.
     """
 
-    def __init__(self, epochs: Epochs, builder: RowBuilder, num_steps: int, process: int, processes: int):
+    def __init__(self, epochs: Epochs, builder: RowBuilder, num_steps: int, parts: tuple[int, ...], num_parts: int):
         self._epochs, self._builder, self._num_steps = epochs, builder, num_steps
-        self._process, self._processes = process, processes
+        self._parts, self._num_parts = parts, num_parts
 
     def __len__(self) -> int:
         return self._num_steps
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """Arrays [rows / processes, …] as in `Batch`, and the step's `kind`: its place in `TrainData.kinds`."""
+        """Arrays of its rows as in `Batch`, and the step's `kind`: its place in `TrainData.kinds`."""
         kind, plan = self._epochs.step(int(step))
         shape = self._epochs.kinds.steps[kind]
-        block = shape.rows // self._processes
-        part = plan.rows(self._process * block, (self._process + 1) * block)
-        return self._builder(part, block, shape.row) | {"kind": np.asarray(kind, np.int32)}
+        size = shape.rows // self._num_parts
+        blocks = [
+            self._builder(plan.rows(first * size, stop * size), (stop - first) * size, shape.row)
+            for first, stop in _runs(self._parts)
+        ]
+        rows = (
+            {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]} if blocks[1:] else blocks[0]
+        )
+        return rows | {"kind": np.asarray(kind, np.int32)}
+
+
+def _runs(parts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """First and stop of each run of numbers that follow each other."""
+    breaks = [i for i in range(1, len(parts)) if parts[i] != parts[i - 1] + 1]
+    return [(parts[a], parts[b - 1] + 1) for a, b in zip([0, *breaks], [*breaks, len(parts)], strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +92,14 @@ class TrainData:
         """The sizes of every kind of steps: one compiled function each."""
         return self.epochs.kinds.steps
 
-    def steps(self, process: int = 0, processes: int = 1) -> Steps:
-        """The stream as a random-access source of this process's part of each step."""
-        return Steps(self.epochs, self.builder, self.num_steps, process, processes)
+    def steps(self, parts: tuple[int, ...] = (0,), num_parts: int = 1) -> Steps:
+        """The stream as a random-access source of these parts of each step."""
+        return Steps(self.epochs, self.builder, self.num_steps, parts, num_parts)
 
-    def iterator(self, step: int, process: int = 0, processes: int = 1) -> Any:
-        """This process's part of every step from `step` on, as `Steps` gives it, built ahead."""
+    def iterator(self, step: int, parts: tuple[int, ...] = (0,), num_parts: int = 1) -> Any:
+        """These parts of every step from `step` on, as `Steps` gives them, built ahead."""
         data = self.config.data
-        steps = grain.MapDataset.source(self.steps(process, processes))[step:]
+        steps = grain.MapDataset.source(self.steps(parts, num_parts))[step:]
         dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=data.prefetch))
         if data.workers:
             dataset = dataset.mp_prefetch(

@@ -87,7 +87,7 @@ class Generator:
     @functools.cached_property
     def _forbidden_V(self) -> np.ndarray:
         """bool [V]: ids that the tokenizer forbids, and rows of the embedding behind its last one."""
-        forbidden_V = np.arange(self.model.vocab_size) >= self.tokenizer.vocab_size
+        forbidden_V = np.arange(self.model.padded_vocab_size) >= self.tokenizer.vocab_size
         forbidden_V[[i for i in self.tokenizer.forbidden_ids if i < len(forbidden_V)]] = True
         return forbidden_V
 

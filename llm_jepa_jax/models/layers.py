@@ -88,11 +88,26 @@ class DecoderModule(nn.Module):
     config: ModelConfig
     param_dtype: Any
 
-    def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], depth_scaled: bool = False) -> jax.Array:
-        """A normal weight; `depth_scaled` divides its deviation by sqrt(2 N), for what adds to the residual stream."""
+    def weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        depth_scaled: bool = False,
+        zeros_behind: tuple[int, ...] = (),
+    ) -> jax.Array:
+        """A normal weight; `depth_scaled` divides its deviation by sqrt(2 N), for what adds to the residual stream.
+
+        `zeros_behind` is padding behind each axis, which changes nothing of what is drawn.
+        """
         deviation = self.config.init_std * ((2 * self.config.num_layers) ** -0.5 if depth_scaled else 1.0)
-        init = nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
-        return self.param(name, init, shape, self.param_dtype)
+        normal = nn.initializers.normal(deviation)
+
+        def draw(key: jax.Array, dtype: Any) -> jax.Array:
+            drawn = normal(key, shape, dtype)
+            return jnp.pad(drawn, [(0, zeros) for zeros in zeros_behind]) if any(zeros_behind) else drawn
+
+        return self.param(name, nn.with_logical_partitioning(draw, axes), self.param_dtype)
 
     def vector(self, name: str, shape: tuple[int, ...], axis: str, value: float) -> jax.Array:
         """A small parameter that begins with one value and lies whole on every device; `axis` is `norm` or `bias`."""

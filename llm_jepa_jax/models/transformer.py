@@ -6,7 +6,7 @@ key, value [N, D, K, h], out [N, H, h, D], mlp_norm [N, D], gate, up [N, D, F], 
 `head [D, V]` unless embeddings are tied. What other models have besides: `X_bias` for a matrix or norm X,
 `attention_post_norm`, `mlp_post_norm [N, D]`, `query_norm`, `key_norm` ([N, h], or [N, H, h] and [N, K, h] over all
 heads), and one `norm [N, D]` in a parallel block. Layers of different shapes are not stacked: layer 3 has
-`layers/3/query [D, H, h]`, and so on.
+`layers/3/query [D, H, h]`, and so on. V is `ModelConfig.padded_vocab_size`: ids, and zeros behind them.
 """
 
 from typing import Any
@@ -54,11 +54,12 @@ class Decoder(DecoderModule):
         layer_sums: Any = None,
     ) -> tuple[tuple[jax.Array, ...], Any]:
         config = self.config
-        embedding_VxD = self.weight("embedding", (config.vocab_size, config.embed_dim), ("vocab", "embed"))
+        ids, padding, width = config.vocab_size, config.padded_vocab_size - config.vocab_size, config.embed_dim
+        embedding_VxD = self.weight("embedding", (ids, width), ("vocab", "embed"), zeros_behind=(padding, 0))
         if not config.tie_embeddings:
-            self.weight("head", (config.embed_dim, config.vocab_size), ("embed", "vocab"))
+            self.weight("head", (width, ids), ("embed", "vocab"), zeros_behind=(0, padding))
         if config.head_bias:
-            self.vector("head_bias", (config.vocab_size,), "bias", 0.0)
+            self.vector("head_bias", (ids + padding,), "bias", 0.0)
         embedded_RxLxD = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "length", "embed")
         if config.scale_embeddings:
             embedded_RxLxD = embedded_RxLxD * jnp.asarray(config.embed_dim**0.5, self.dtype)
@@ -197,7 +198,7 @@ def forward(
 
 
 def head_kernel(params: Any, config: ModelConfig) -> jax.Array:
-    """The head [D, V], in the parameter type; the transposed embedding where they are tied."""
+    """The head [D, V] with its padding, in the parameter type; the transposed embedding where they are tied."""
     return params["embedding"].T if config.tie_embeddings else params["head"]
 
 

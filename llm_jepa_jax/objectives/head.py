@@ -28,6 +28,8 @@ class HeadSettings:
     """Weight of the squared log-partition of each target; 0: off."""
     soft_cap: float = 0.0
     """Logits become cap · tanh(logits / cap); 0: off."""
+    num_ids: int = 0
+    """Columns from this one on are padding: they have no probability, and their gradient is 0. 0: there is none."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -107,6 +109,7 @@ def _local(
     head_DxV = head_DxV.astype(hidden_NxD.dtype)
     slots, num_targets, size = _used_first(hidden_RxLxD.shape[1], index_RxM, targets_RxM, weight_RxM, settings.chunk)
     first_id = jax.lax.axis_index(PARAMETER_RULES["vocab"]) * head_DxV.shape[1] if sharded else 0
+    is_id_V = first_id + jnp.arange(head_DxV.shape[1]) < settings.num_ids if settings.num_ids else None
 
     def add_chunk(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         place_C, target_C, weight_C = (jax.lax.dynamic_slice_in_dim(slot, number * size, size) for slot in slots)
@@ -114,7 +117,7 @@ def _local(
         logits_CxV = _dot(hidden_CxD, head_DxV, 1, 0)
         if bias_V is not None:
             logits_CxV += bias_V.astype(jnp.float32)
-        loss, dlogits_CxV = _chunk_loss(logits_CxV, target_C - first_id, weight_C, settings, sharded)
+        loss, dlogits_CxV = _chunk_loss(logits_CxV, target_C - first_id, weight_C, is_id_V, settings, sharded)
         if not with_grads:
             return (carry[0] + loss,)
         total, dhidden_NxD, dhead_DxV, dbias_V = carry
@@ -161,6 +164,7 @@ def _chunk_loss(
     logits_CxV: jax.Array,
     target_C: jax.Array,
     weight_C: jax.Array,
+    is_id_V: jax.Array | None,
     settings: HeadSettings,
     sharded: bool,
 ) -> tuple[jax.Array, jax.Array]:
@@ -171,6 +175,8 @@ def _chunk_loss(
     if settings.soft_cap:
         tanh_CxV = jnp.tanh(logits_CxV / settings.soft_cap)
         logits_CxV, slope_CxV = settings.soft_cap * tanh_CxV, 1.0 - tanh_CxV**2
+    if is_id_V is not None:
+        logits_CxV = jnp.where(is_id_V, logits_CxV, -jnp.inf)
     largest_C = _over_vocabulary(jax.lax.pmax, jnp.max(logits_CxV, axis=1), sharded)
     powers_CxV = jnp.exp(logits_CxV - largest_C[:, None])
     sum_C = _over_vocabulary(jax.lax.psum, jnp.sum(powers_CxV, axis=1), sharded)

@@ -17,7 +17,8 @@ def ntp_weight(batch: Batch) -> jax.Array:
 def ntp_sum(inputs: Inputs) -> jax.Array:
     """Sum of the cross-entropy over target slots, float32 scalar, in nats; with `ntp.z_loss`, that is added to it."""
     batch, config = inputs.batch, inputs.config
-    settings = HeadSettings(config.head_chunk, config.ntp.z_loss, inputs.soft_cap)
+    num_ids = inputs.num_ids if inputs.num_ids < inputs.head_DxV.shape[1] else 0
+    settings = HeadSettings(config.head_chunk, config.ntp.z_loss, inputs.soft_cap, num_ids)
     with jax.named_scope("ntp_loss"):
         return cross_entropy(
             inputs.last_RxTxD, inputs.head_DxV, batch.target_index, batch.targets, batch.target_weight, settings,

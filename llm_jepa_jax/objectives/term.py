@@ -36,6 +36,8 @@ class Inputs:
     """Matrix [D, D] of each objective with `linear_predictor`, parameter type."""
     key: jax.Array = dataclasses.field(default_factory=lambda: jax.random.key(0))
     """Random key of the step, the same on every device and for every micro-batch."""
+    num_ids: int = 0
+    """Columns of the head that are ids; what follows is padding. 0: all are."""
 
     @property
     def last_RxTxD(self) -> jax.Array:

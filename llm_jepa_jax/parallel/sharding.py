@@ -89,7 +89,14 @@ def num_row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def row_parts(mesh: Mesh) -> tuple[int, ...]:
+    """Of the equal parts that the rows axis is cut into, those that this process's devices hold."""
+    parts = num_row_shards(mesh)
+    spans = rows_sharding(mesh).addressable_devices_indices_map((parts,)).values()
+    return tuple(sorted({span[0].start or 0 for span in spans if span}))
+
+
 def global_batch(mesh: Mesh, local: dict[str, Any]) -> Batch:
-    """This process's part of a batch (arrays of `rows / processes` rows) to the global, sharded `Batch`."""
+    """This process's part of a batch (the rows of `row_parts`) to the global, sharded `Batch`."""
     sharding = rows_sharding(mesh)
     return Batch(**{name: jax.make_array_from_process_local_data(sharding, local[name]) for name in FIELDS})

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ NAMES = (TOKENIZER, MODEL, CONFIG, MAP, "added_tokens.json", TEMPLATE, GENERATIO
 
 def write_whole(path: pathlib.Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # another process may write the same file
     part.write_bytes(data)
     part.replace(path)
 

@@ -77,7 +77,8 @@ def state_factory(config: Config, mesh: Mesh, num_steps: int) -> StateFactory:
     The optimizer's moments take the sharding of their parameter, its scalars are replicated.
     """
     _, axes = abstract_parameters(config)
-    optimizer = make_optimizer(config.opt, num_steps, axes)
+    model = config.model
+    optimizer = make_optimizer(config.opt, num_steps, axes, model.vocab_size / model.padded_vocab_size)
     shapes = jax.eval_shape(lambda: _initial(init_parameters(jax.random.key(0), config), optimizer))
     everywhere = replicated(mesh)
     params = parameter_shardings(mesh, axes)

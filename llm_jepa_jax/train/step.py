@@ -59,7 +59,7 @@ def loss_and_aux(params: Any, batch: Batch, part: Part, layer_sums: Any = None) 
     inputs = Inputs(
         dict(zip(wanted, states, strict=True)), head_kernel(params, config.model), batch, objective,
         config.model.num_layers, config.model.logit_soft_cap, params.get("head_bias"), params.get("predictors", {}),
-        part.key,
+        part.key, config.model.vocab_size,
     )  # fmt: skip
     total, sums = total_loss(inputs, part.weights, part.scales)
     pairs = pair_embeddings(inputs.vectors(objective.jepa), batch, objective.jepa)

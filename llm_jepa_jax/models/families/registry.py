@@ -64,5 +64,5 @@ def _lost(family: Family, config: ModelConfig) -> str:
     except UserError as error:
         return str(error)
     before, after = (dataclasses.asdict(model) for model in (config, back))
-    lost = [key for key in before if key != "family" and before[key] != after[key]]
+    lost = [key for key in before if key not in ("family", "vocab_multiple") and before[key] != after[key]]
     return ", ".join(f"`model.{key}`={before[key]}" for key in lost)
