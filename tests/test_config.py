@@ -18,6 +18,7 @@ from llm_jepa_jax.config import (
 )
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
+from llm_jepa_jax.main import parse
 from llm_jepa_jax.parallel.mesh import make_mesh, mesh_shape
 from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.schema import flatten
@@ -60,12 +61,21 @@ def test_every_key_has_a_meaning_and_its_default_round_trips(tmp_path):
         assert f"`{key}`" in text
 
 
+def test_sizes_by_layer_come_from_json_and_from_the_command_line(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"model": {"num_layers": 2, "layer_mlp_dims": [64, 512]}}))
+    assert freeze(load_json(tmp_path / "c.json")).model.layer_mlp_dims == (64, 512)
+    flags = parse(["main", f"--config={REPOSITORY}/configs/tiny.py", "--config.model.layer_mlp_dims=(64,512)"])
+    assert freeze(flags.config).model.layer_mlp_dims == (64, 512)
+
+
 def test_wrong_keys_types_and_choices_name_the_fix(tmp_path):
     for values, words in (
         ({"opt": {"lr": 1.0}}, "unknown key `opt.lr`; keys here are beta1"),
         ({"opt": 3}, "`opt` is a section"),
         ({"seed": "a"}, "`seed`='a' has type str; it takes int"),
         ({"data": {"shuffle": 1}}, "`data.shuffle`=1 has type int; it takes bool"),
+        ({"model": {"layer_heads": 4}}, "`model.layer_heads`=4 has type int; it takes tuple"),
+        ({"model": {"layer_heads": [4, 1.5]}}, "`model.layer_heads`=(4, 1.5); it takes whole numbers, such as (2,4)"),
         ({"opt": {"schedule": "step"}}, "`opt.schedule`='step'; use one of cosine, linear, constant"),
     ):
         with pytest.raises(UserError) as caught:

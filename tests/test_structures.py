@@ -119,6 +119,22 @@ def test_a_layer_has_its_window_or_not_when_it_runs(backend, local):
         ({"window": 4, "window_pattern": "LX"}, "`model.window_pattern`='LX' is no pattern; use letters L and G"),
         ({"window_pattern": "LG"}, "`model.window_pattern`=LG has no effect with `model.window`=0; set the window"),
         ({"local_rope_theta": 5.0}, "`model.local_rope_theta`=5.0 has no effect with `model.window`=0"),
+        (
+            {"rope_scaling": RopeScalingConfig("linear", 2.0, beta_fast=8.0)},
+            "`model.rope_scaling.beta_fast`=8.0 has no effect with `model.rope_scaling.kind`=linear",
+        ),
+        (
+            {"rope_scaling": RopeScalingConfig("yarn", 2.0, beta_slow=32.0)},
+            "`model.rope_scaling.beta_slow`=32.0 is not between 0 and `beta_fast`=32.0",
+        ),
+        (
+            {"rope_scaling": RopeScalingConfig("yarn", 2.0, attention_factor=-1.0)},
+            "`model.rope_scaling.attention_factor`=-1.0 is negative; use 0 for that of the paper",
+        ),
+        (
+            {"rope_scaling": RopeScalingConfig("llama3", 2.0, low_freq_factor=4.0)},
+            "`model.rope_scaling.low_freq_factor`=4.0 is not below `model.rope_scaling.high_freq_factor`=4.0",
+        ),
         ({"block": "parallel", "norm_placement": "post"}, "`model.norm_placement`=post is not for `model.block`=para"),
         ({"rope_share": 0.1}, "`model.rope_share`=0.1 of `model.head_dim`=32 is no even number of places"),
     ],
