@@ -47,7 +47,7 @@ def hidden_of(embedding_LxD, row, longest):
     _, positions, segments = row
     params = PARAMS | {"embedding": embedding_LxD}
     places = np.arange(positions.shape[1], dtype=np.int32)[None]
-    config = dataclasses.replace(CONFIG, vocab_size=positions.shape[1])
+    config = dataclasses.replace(CONFIG, vocab_size=positions.shape[1], vocab_multiple=1)
     return forward(params, config, places, positions, segments, dtype=jnp.float32, longest_segment=longest)[0]
 
 
@@ -75,7 +75,7 @@ def test_a_branch_depends_on_its_prefix_and_its_own_earlier_tokens_only(monkeypa
     branch_end, k = np.array([[8, 30, 3]], np.int32), 2
     positions = np.concatenate([positions, [[p + i for p in positions[0, branch_end[0]] for i in (1, 2)]]], axis=1)
     embedding = jax.random.normal(jax.random.key(2), (70, CONFIG.embed_dim))
-    config = dataclasses.replace(CONFIG, vocab_size=70)
+    config = dataclasses.replace(CONFIG, vocab_size=70, vocab_multiple=1)
 
     def states(embedding):
         places = np.arange(70, dtype=np.int32)[None]
