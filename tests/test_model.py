@@ -215,6 +215,7 @@ def golden_model(shared_dir):
         vocab_size=hf["vocab_size"], embed_dim=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
         num_heads=hf["num_attention_heads"], num_kv_heads=hf["num_key_value_heads"], head_dim=hf["head_dim"],
         mlp_dim=hf["intermediate_size"], rope_theta=hf["rope_theta"], norm_eps=hf["rms_norm_eps"], tie_embeddings=True,
+        vocab_multiple=1,
     )  # fmt: skip
     return config, llama_params(weights, config), np.load(directory / "goldens.npz")
 
