@@ -51,8 +51,8 @@ def test_weights_are_the_runs_and_new_rows_their_mean(first, new_rows):
     params = initial_parameters(jax.random.key(0), config, open_initial(config), make_mesh(config.mesh))
     np.testing.assert_array_equal(params["embedding"][:size], old["embedding"])
     jax.tree.map(np.testing.assert_array_equal, params["layers"], old["layers"])
-    rows = np.asarray(params["embedding"][size:])
-    assert rows.shape == (8, old["embedding"].shape[1])
+    rows, padding = np.split(np.asarray(params["embedding"][size:]), [8])
+    assert rows.shape == (8, old["embedding"].shape[1]) and padding.shape[0] == 120 and not padding.any()
     if new_rows == "mean":
         np.testing.assert_allclose(rows, np.tile(np.asarray(old["embedding"]).mean(0), (8, 1)), atol=1e-6)
     else:

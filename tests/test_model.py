@@ -54,7 +54,7 @@ def hidden_of(embedding_LxD, row, longest):
     _, positions, segments = row
     params = PARAMS | {"embedding": embedding_LxD}
     places = np.arange(positions.shape[1], dtype=np.int32)[None]
-    config = dataclasses.replace(CONFIG, vocab_size=positions.shape[1])
+    config = dataclasses.replace(CONFIG, vocab_size=positions.shape[1], vocab_multiple=1)
     return forward(params, config, places, positions, segments, dtype=jnp.float32, longest_segment=longest)[0]
 
 
@@ -82,7 +82,7 @@ def test_a_branch_depends_on_its_prefix_and_its_own_earlier_tokens_only(monkeypa
     branch_end, k = np.array([[8, 30, 3]], np.int32), 2
     positions = np.concatenate([positions, [[p + i for p in positions[0, branch_end[0]] for i in (1, 2)]]], axis=1)
     embedding = jax.random.normal(jax.random.key(2), (70, CONFIG.embed_dim))
-    config = dataclasses.replace(CONFIG, vocab_size=70)
+    config = dataclasses.replace(CONFIG, vocab_size=70, vocab_multiple=1)
 
     def states(embedding):
         places = np.arange(70, dtype=np.int32)[None]
@@ -217,6 +217,7 @@ def golden_model(shared_dir):
         vocab_size=hf["vocab_size"], embed_dim=hf["hidden_size"], num_layers=hf["num_hidden_layers"],
         num_heads=hf["num_attention_heads"], num_kv_heads=hf["num_key_value_heads"], head_dim=hf["head_dim"],
         mlp_dim=hf["intermediate_size"], rope_theta=hf["rope_theta"], norm_eps=hf["rms_norm_eps"], tie_embeddings=True,
+        vocab_multiple=1,
     )  # fmt: skip
     return config, llama_params(weights, config), np.load(directory / "goldens.npz")
 

@@ -21,7 +21,7 @@ def test_logits_equal_hugging_face(tie, factor, heads, kv_heads):
     scaling = RopeScalingConfig(factor=factor, original_max_positions=64)
     config = ModelConfig(
         vocab_size=96, embed_dim=48, num_layers=3, num_heads=heads, num_kv_heads=kv_heads, head_dim=16, mlp_dim=80,
-        max_positions=512, rope_theta=10000.0, rope_scaling=scaling, tie_embeddings=tie,
+        max_positions=512, rope_theta=10000.0, rope_scaling=scaling, tie_embeddings=tie, vocab_multiple=1,
     )  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     if factor != 1.0:
