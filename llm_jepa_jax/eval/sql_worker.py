@@ -81,8 +81,11 @@ def authorizer(tables: frozenset[str]):
     def allowed(action, first, second, database, trigger):
         if action in always:
             return sqlite3.SQLITE_OK
-        if action == sqlite3.SQLITE_READ and database == "main" and (first or "").lower() in tables:
-            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_READ:
+            # A table of which no column is read, as in count(*), comes with no column and no database.
+            nothing_read = not second and not database
+            own = database == "main" and (first or "").lower() in tables
+            return sqlite3.SQLITE_OK if own or nothing_read else sqlite3.SQLITE_DENY
         if action == sqlite3.SQLITE_FUNCTION and (second or "").lower() in FUNCTIONS:
             return sqlite3.SQLITE_OK
         return sqlite3.SQLITE_DENY
