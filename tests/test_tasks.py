@@ -2,6 +2,7 @@
 """Every task against verdicts decided by hand, and its score's interval."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from llm_jepa_jax.config import EvalConfig
 from llm_jepa_jax.data.records import Record
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.eval import tasks
 from llm_jepa_jax.eval.judging import judge
 from llm_jepa_jax.eval.likelihood import Question
 from llm_jepa_jax.eval.questions import Asked, Item
@@ -25,6 +27,7 @@ from llm_jepa_jax.eval.task import (
     wrong,
 )
 from llm_jepa_jax.text.chat import Message
+from tests.conftest import REPOSITORY
 from tests.databases import make_databases
 from tests.task_cases import (
     CHOICES,
@@ -158,3 +161,23 @@ def test_names_of_tasks_are_checked():
         with pytest.raises(UserError, match=words):
             find_tasks(names)
     assert all(task.name == name and task.summary for name, task in TASKS.items())
+
+
+def test_a_task_is_one_file(tmp_path, monkeypatch):
+    """The worked example of docs/tasks.md, found and judging."""
+    page = (REPOSITORY / "docs" / "tasks.md").read_text()
+    ((name, code),) = re.findall(r"<!-- (\S+) -->\n```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / name).write_text(code)
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    (task,) = find_tasks("json_match")
+    with task.session(EvalConfig(), []) as one:
+        verdicts = [one(record("?", '{"a": [1, 2]}'), answer).word for answer in ('{"a":[1,2.0]}', '{"a": []}', "{a}")]
+    assert verdicts == ["right", "wrong", "unparsed"]
+    with pytest.raises(Skip, match="the target is not JSON"):
+        task.target(record("?", "{a}"))
+
+
+def test_the_table_of_tasks_is_complete():
+    page = (REPOSITORY / "docs" / "tasks.md").read_text()
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {name for cell in table for name in re.findall(r"`(\w+)`", cell)} == set(TASKS)
