@@ -192,6 +192,11 @@ def test_what_a_task_lacks_is_said_before_it_is_asked(tokenizer, source, tmp_pat
             r"spider.jsonl:3: needs the database .*planes.sqlite",
         ),
         (source, {"tasks": "spidr"}, "names 'spidr'; use some of"),
+        (
+            source,
+            {"tasks": "exact_match", "max_new_tokens": 500},
+            r"eval.jsonl:1: its prompt of \d+ tokens and `eval.max",
+        ),
     ]:
         with pytest.raises(UserError, match=words):
             evaluator(tokenizer, records, tmp_path, **changes)

@@ -60,6 +60,16 @@ class Evaluator:
                     f"config: `eval.tasks` names {asked.task.name}, which can ask none of {len(asked.skipped)} records "
                     f"({next(iter(asked.reasons()))}, {asked.skipped[0][0]}); leave it out or change `data.eval`"
                 )
+            self._check_lengths(asked)
+
+    def _check_lengths(self, asked: Asked) -> None:
+        longest = max(asked.items, key=lambda item: len(item.prompt))
+        new, most = self.config.eval.max_new_tokens, self.config.model.max_positions
+        if longest.prompt and len(longest.prompt) + new > most:
+            raise UserError(
+                f"{longest.where}: its prompt of {len(longest.prompt)} tokens and `eval.max_new_tokens`={new} exceed "
+                f"`model.max_positions`={most}; lower it or leave the record out"
+            )
 
     @functools.cached_property
     def conversations(self) -> Source:
