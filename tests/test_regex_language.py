@@ -6,7 +6,7 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_jepa_jax.eval.regex_language import LAST, Arena, TooLarge, inverse, normal
@@ -76,6 +76,9 @@ def accepts(arena, expression, text):
 
 @settings(max_examples=150, deadline=None)
 @given(TREES)
+@example(("then", ("{2}", ("|", r"\b", "a")), "b"))
+@example(("then", ("{2,}", ("|", r"\b", "a")), ("then", r"\b", "-")))
+@example(("~", ("then", r"\b", ("&", ("*", "."), ("then", ".", r"\b")))))
 def test_a_language_holds_what_a_matcher_finds(tree):
     arena = Arena()
     expression = parse(spelled(tree), arena)
@@ -85,6 +88,7 @@ def test_a_language_holds_what_a_matcher_finds(tree):
 
 @settings(max_examples=150, deadline=None)
 @given(TREES, TREES)
+@example(("then", "a", ("then", r"\b", "b")), ("&", "a", "b"))
 def test_a_difference_is_one_and_the_shortest(one, other):
     arena = Arena()
     two = [parse(spelled(tree), arena) for tree in (one, other)]

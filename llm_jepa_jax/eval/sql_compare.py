@@ -2,8 +2,9 @@
 """Are two results the same? In order where the query asks for one, else as bags of rows."""
 
 import collections
-import math
+import contextlib
 import re
+import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,19 +43,15 @@ def _rounded(value: Any) -> Any:
 
 def shell_text(rows: Rows) -> str:
     """Rows as the `sqlite3` shell prints them: what the published script compares."""
-    return "".join("|".join(map(_shown, row)) + "\n" for row in rows)
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        return "".join("|".join(_shown(value, connection) for value in row) + "\n" for row in rows)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, connection: sqlite3.Connection) -> str:
     if value is None:
         return ""
     if isinstance(value, bytes):
         return value.split(b"\0")[0].decode("utf-8", "surrogateescape")
     if isinstance(value, str):
         return value.split("\0")[0]
-    if not isinstance(value, float):
-        return str(value)
-    if math.isinf(value):
-        return "Inf" if value > 0 else "-Inf"
-    digits, mark, exponent = f"{value:.15g}".partition("e")
-    return digits + (".0" if "." not in digits else "") + mark + exponent
+    return connection.execute("SELECT CAST(? AS TEXT)", (value,)).fetchone()[0]
