@@ -151,6 +151,7 @@ def test_choices_and_perplexities_are_those_of_plain_forward_passes(tokenizer, s
     whole = lines_of(tmp_path / "perplexity-7.jsonl")
     mean = sum(line["loss"] for line in whole) / sum(line["tokens"] for line in whole)
     assert metrics["perplexity"] == pytest.approx(np.exp(mean)) and head.quality(metrics) == -metrics["perplexity"]
+    assert head.quality({}) is None and head.quality({"perplexity": "inf"}) == -np.inf
     prompt = render_prompt(tokenizer, source[0].messages[:-1])
     (line, *_) = lines_of(tmp_path / "hellaswag-7.jsonl")
     letters = {}

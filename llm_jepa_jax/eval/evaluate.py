@@ -21,7 +21,7 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.judging import Answers, Slots, judge
 from llm_jepa_jax.eval.likelihood import Question, log_probabilities
-from llm_jepa_jax.eval.questions import Asked, ask, merged
+from llm_jepa_jax.eval.questions import Asked, Render, ask, cached_render, merged
 from llm_jepa_jax.eval.scores import Score
 from llm_jepa_jax.eval.task import AnyTask, LikelihoodTask, find_tasks
 from llm_jepa_jax.text.tokenizer import Tokenizer
@@ -96,6 +96,10 @@ class Evaluator:
     def _cache(self) -> dict[int, list[Asked]]:
         return {}
 
+    @functools.cached_property
+    def _rendered(self) -> Render:
+        return cached_render(self.tokenizer)
+
     def ask(self, num_examples: int) -> list[Asked]:
         """What each task asks about `num_examples` records, taken evenly from those it can ask (0: all)."""
         if num_examples not in self._cache:
@@ -106,7 +110,7 @@ class Evaluator:
         source = self._source(task)
         count = min(num_examples or len(source), len(source))
         indices = np.linspace(0, len(source) - 1, count).round().astype(int).tolist()
-        return ask(task, source, indices, self.tokenizer, self.config.model)
+        return ask(task, source, indices, self.tokenizer, self._rendered, self.config.model)
 
     def size(self, num_examples: int) -> int:
         """How many prompts and sequences an evaluation has: the units of `progress`."""
@@ -149,8 +153,10 @@ class Evaluator:
     def quality(self, metrics: Mapping[str, float]) -> float | None:
         """What checkpoints are compared by, higher is better: the first task's score; None where it is not there."""
         task = self.tasks[0]
-        value = metrics.get(task.name)
-        return -value if value is not None and isinstance(task, LikelihoodTask) else value
+        if task.name not in metrics:
+            return None
+        value = float(metrics[task.name])  # metrics.jsonl has an infinite one as text
+        return -value if isinstance(task, LikelihoodTask) else value
 
     def _score(self, asked: Asked, answers: Answers, slots: Slots, path: pathlib.Path) -> Score:
         """Judged by process 0 alone, so that no process sees another verdict; elsewhere an empty score."""

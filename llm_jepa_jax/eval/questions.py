@@ -3,7 +3,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.data.records import Record
@@ -43,26 +44,37 @@ class Asked:
         return dict(collections.Counter(reason for _, reason in self.skipped))
 
 
-def ask(task: AnyTask, source: Source, indices: Sequence[int], tokenizer: Tokenizer, model: ModelConfig) -> Asked:
+Render = Callable[[tuple[Message, ...]], tuple[int, ...]]
+"""Turns to the token ids of their prompt."""
+
+
+def cached_render(tokenizer: Tokenizer) -> Render:
+    """Renders equal prompts once: tasks ask the same ones."""
+    return functools.cache(lambda turns: tuple(render_prompt(tokenizer, turns)))
+
+
+def ask(
+    task: AnyTask, source: Source, indices: Sequence[int], tokenizer: Tokenizer, rendered: Render, model: ModelConfig
+) -> Asked:
     """Turns records into what the task asks about them."""
     asked = Asked(task, [], [])
     for index in indices:
         record, where = source[index], source.location(index)
         try:
-            asked.items.append(_item(task, record, where, tokenizer, model.max_positions))
+            asked.items.append(_item(task, record, where, tokenizer, rendered, model.max_positions))
         except Skip as skip:
             asked.skipped.append((where, str(skip)))
     return asked
 
 
-def _item(task: AnyTask, record: Record, where: str, tokenizer: Tokenizer, most: int) -> Item:
+def _item(task: AnyTask, record: Record, where: str, tokenizer: Tokenizer, rendered: Render, most: int) -> Item:
     if isinstance(task, LikelihoodTask):
         question = _whole(task, record, tokenizer)
         target = record.messages[-1].content if record.messages else record.document
         return Item(where, record, target, questions=(_fitting(question, most),))
     target, prompt = task.target(record), task.prompt(record)
     if isinstance(task, AnswerTask):
-        return Item(where, record, target, prompt=tuple(render_prompt(tokenizer, prompt)))
+        return Item(where, record, target, prompt=rendered(prompt))
     assert isinstance(task, ChoiceTask)
     options = task.options(record)
     questions = tuple(_fitting(_behind(tokenizer, prompt, option), most) for option in options)

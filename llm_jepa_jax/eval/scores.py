@@ -90,6 +90,8 @@ def judged(task: str, verdicts: Sequence[Verdict], skipped: dict[str, int]) -> S
 
 def perplexity(task: str, losses_N: np.ndarray, tokens_N: np.ndarray, skipped: dict[str, int]) -> Score:
     """exp of the mean loss a token, from each record's sum of −log p and number of tokens; the bootstrap's interval."""
+    if not len(losses_N):
+        return Score(task, math.inf, 0.0, math.inf, 0, {}, skipped, share=False)
     with np.errstate(over="ignore"):  # a model that has diverged has an infinite one
         value, low, high = np.exp([losses_N.sum() / tokens_N.sum(), *bootstrap_ratio(losses_N, tokens_N)]).tolist()
     return Score(task, value, low, high, len(losses_N), {}, skipped, share=False)
