@@ -68,6 +68,9 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
     start = open_initial(config)
     config = resolve(with_initial(config, start), mesh.devices.shape)
     config = dataclasses.replace(config, data=absolute_paths(config.data))
+    if config.eval.databases:
+        databases = str(pathlib.Path(config.eval.databases).expanduser().absolute())
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, databases=databases))
     splits = open_splits(config.data, config.seed)
     tokenizer = _tokenizer(config, workdir, splits.train, start)
     config = with_vocabulary(config, tokenizer.vocab_size, mesh.shape["tensor"], start.model.vocab_size if start else 0)

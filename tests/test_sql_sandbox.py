@@ -4,6 +4,7 @@
 import hashlib
 import math
 import os
+import pathlib
 import resource
 import signal
 import sqlite3
@@ -116,6 +117,7 @@ HOSTILE = {
     "prose": ("The query is: SELECT 1", SYNTAX),
     "a code fence": ("```sql\nSELECT 1\n```", (SYNTAX, "no such", "unrecognized")),
     "no such table": ("SELECT * FROM stars", "no such table"),
+    "a word of the clock's": ("SELECT interrupted FROM singer", "no such column: interrupted"),
     "no such column": ("SELECT nme FROM singer", "no such column"),
     "recursion without end": (f"{FOREVER} SELECT count(*) FROM c", TIME),
     "recursion without end that gives rows": (f"{FOREVER} SELECT x FROM c", (TIME, "more than 100000 rows")),
@@ -223,14 +225,16 @@ def test_the_process_can_write_and_start_nothing(concerts):
         assert 0 < resource.prlimit(worker._process.pid, resource.RLIMIT_CPU)[0] < 60
 
 
-def test_a_path_is_a_path(tmp_path):
-    """Characters that mean something in a URI do not here."""
+def test_a_path_is_a_path(tmp_path, monkeypatch):
+    """Characters that mean something in a URI do not here, and a relative one is the caller's."""
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "a?mode=rwc&x=#b%20.sqlite"
     connection = sqlite3.connect(path)
     connection.execute("CREATE TABLE t (x)")
     connection.close()
     with Sandbox(5.0) as sandbox:
-        assert sandbox.run(path, "SELECT count(*) FROM t").rows == [(0,)]
+        for given in (path, pathlib.Path(path.name)):
+            assert sandbox.run(given, "SELECT count(*) FROM t").rows == [(0,)]
         assert "unable to open" in sandbox.run(tmp_path / "none.sqlite", "SELECT 1").error
         (tmp_path / "text.sqlite").write_text("not a database, but long enough to have a header " * 20)
         assert "not a database" in sandbox.run(tmp_path / "text.sqlite", "SELECT 1").error

@@ -180,5 +180,5 @@ def _distinct(every: Sequence[Asked]) -> tuple[list[tuple[int, ...]], list[Quest
 def _write(path: pathlib.Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is JSON that way
     part.replace(path)

@@ -130,7 +130,7 @@ class Sandbox:
         try:
             worker = worker or Worker()
             request = {
-                "database": str(database), "query": query, "seconds": self._seconds, "rows": MOST_ROWS,
+                "database": str(database.absolute()), "query": query, "seconds": self._seconds, "rows": MOST_ROWS,
                 "bytes": MOST_BYTES,
             }  # fmt: skip
             reply = worker.ask(request, self._seconds + GRACE_SECONDS)

@@ -116,7 +116,7 @@ def answer(request: dict) -> dict:
     try:
         return {"rows": rows_of(connection, request)}
     except (sqlite3.Error, sqlite3.Warning, Refused, ValueError) as error:
-        if "interrupted" in str(error):
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_INTERRUPT:
             return {"error": f"ran longer than {request['seconds']:g} s", "limit": True}
         large = isinstance(error, Refused) and error.args[1:] == (True,)
         return {"error": str(error)[:200], "limit": large}
@@ -159,8 +159,10 @@ def main() -> None:
     for line in sys.stdin:
         try:
             reply = answer(json.loads(line))
-        except (sqlite3.Error, MemoryError) as error:
+        except sqlite3.Error as error:
             reply = {"error": f"cannot read the database: {error}", "limit": False}
+        except MemoryError:
+            reply = {"error": "needs too much memory", "limit": True}
         sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
 
