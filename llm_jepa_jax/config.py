@@ -255,7 +255,7 @@ class TrainConfig:
 class CheckpointConfig:
     every_steps: int = key(200, "save period; the last step is always saved; 0: only the last", "steps")
     keep_last: int = key(2, "newest checkpoints kept")
-    keep_best: int = key(1, "checkpoints kept by best exact match, beside the newest")
+    keep_best: int = key(1, "checkpoints kept by best score of the first of `eval.tasks`, beside the newest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,9 +263,15 @@ class EvalConfig:
     every_steps: int = key(0, "evaluate during training with this period, then save; 0: only at the end", "steps")
     num_examples: int = key(256, "examples of an evaluation during training", "records")
     final_examples: int = key(0, "examples of the evaluation at the end and of `--mode=eval`; 0: all", "records")
-    tasks: str = key("exact_match", "what is scored", choices=("exact_match",))
+    tasks: str = key(
+        "exact_match",
+        "what is scored, names of [tasks](tasks.md) with commas between them; the first one's score says which "
+        "checkpoints are best. Tasks with the same prompts share their answers",
+    )
     max_new_tokens: int = key(128, "longest answer generated", "tokens")
-    batch_size: int = key(256, "prompts generated together", "prompts")
+    batch_size: int = key(256, "prompts answered, or sequences whose probability is wanted, together", "sequences")
+    databases: str = key("", "spider: directory with `NAME/NAME.sqlite` of every database that questions name")
+    sql_seconds: float = key(5.0, "spider: longest time of one query, after which it has no result", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)

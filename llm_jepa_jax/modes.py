@@ -21,12 +21,11 @@ from llm_jepa_jax.checkpoint.places import is_url
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
-from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_splits, with_conversation
+from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_splits
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, view_ids
-from llm_jepa_jax.eval.evaluate import evaluate as run_task
+from llm_jepa_jax.eval.evaluate import Evaluator
 from llm_jepa_jax.eval.generate import Generator
-from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.processes import wait_for_all
 from llm_jepa_jax.resolve import attention_backend, resolve
@@ -53,15 +52,13 @@ class Job:
     splits: Splits
 
     @functools.cached_property
-    def asked(self) -> Source:
-        """The evaluation records that can be asked: plain text asks nothing."""
-        every = self.splits.eval
-        asked = with_conversation(every)
-        if len(asked) < len(every):
-            LOG.info(
-                "evaluation: %d of %d records are plain text, which is left out", len(every) - len(asked), len(every)
-            )
-        return asked
+    def evaluator(self) -> Evaluator:
+        """Raises UserError where a task cannot be asked."""
+        return Evaluator(self.config, self.mesh, self.tokenizer, self.splits.eval)
+
+    def evaluate(self, workdir: pathlib.Path, phases: Phases, last_step: int) -> Evaluate | None:
+        """What scores parameters; None where there is nothing to ask."""
+        return _Evaluate(self.evaluator, workdir / "eval", phases, last_step) if self.evaluator.tasks else None
 
 
 def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
@@ -73,6 +70,9 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
     start = open_initial(config)
     config = resolve(with_initial(config, start), mesh.devices.shape)
     config = dataclasses.replace(config, data=absolute_paths(config.data))
+    if config.eval.databases:
+        databases = str(pathlib.Path(config.eval.databases).expanduser().absolute())
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, databases=databases))
     splits = open_splits(config.data, config.seed)
     tokenizer = _tokenizer(config, workdir, splits.train, start)
     config = with_vocabulary(config, tokenizer.vocab_size, mesh.shape["tensor"], start.model.vocab_size if start else 0)
@@ -109,6 +109,7 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     config = job.config
     platform = job.mesh.devices.flat[0].platform
     attention = attention_backend(config, platform, config.data.row_length)  # before any work, should it refuse
+    tasks = [task.name for task in job.evaluator.tasks]  # the same
     check_directory(workdir, config, job.splits)
     phases = Phases(workdir if jax.process_index() == 0 else None)
     LOG.info(
@@ -121,8 +122,7 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     claim(workdir, config, job.tokenizer, job.splits)
     _log_data(data)
     factory = state_factory(config, job.mesh, data.num_steps)
-    evaluator = _evaluator(job, workdir, phases, data.num_steps)
-    result = run_training(factory, data, workdir, phases, evaluator)
+    result = run_training(factory, data, workdir, phases, job.evaluate(workdir, phases, data.num_steps))
     if not result.stopped_early and config.log.report:
         with phases.phase("report"):
             pairs = _embed_pairs(job, result.state.params)
@@ -138,7 +138,7 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
                     )  # fmt: skip
                 write_report(workdir)
         LOG.info("report: %s", workdir / "report.html")
-    names = ("ntp_loss", "jepa_loss", "cos_pair", "cos_shuffled", "exact_match", "tokens_per_s", "examples_per_s")
+    names = ("ntp_loss", "jepa_loss", "cos_pair", "cos_shuffled", *tasks, "tokens_per_s", "examples_per_s")
     metrics = {name: result.metrics[name] for name in names if name in result.metrics}
     report = {"report": str(workdir / "report.html")} if (workdir / "report.html").exists() else {}
     return {"step": result.step} | metrics | {"workdir": str(workdir)} | report
@@ -161,33 +161,29 @@ def _log_data(data: TrainData) -> None:
         )  # fmt: skip
 
 
-def _evaluator(job: Job, workdir: pathlib.Path, phases: Phases, last_step: int) -> Evaluate | None:
-    """Scores parameters at a step; the last step's evaluation is the full one. None where there is nothing to ask."""
-    config, asked = job.config, job.asked
-    task = TASKS[config.eval.tasks]
-    if not len(asked):
-        LOG.warning("no evaluation record has a conversation: %s is skipped", task.name)
-        return None
-    generator = Generator(
-        config.model, job.tokenizer, job.mesh, config.eval.max_new_tokens, config.eval.batch_size,
-        jnp.dtype(config.train.dtype),
-    )  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class _Evaluate:
+    """Scores parameters at a step; the last step's evaluation is the full one."""
 
-    def score(params: Any, step: int) -> dict[str, float]:
-        wanted = config.eval.final_examples if step == last_step else config.eval.num_examples
-        count = min(wanted or len(asked), len(asked))
-        path = workdir / "eval" / f"{task.name}-{step}.jsonl"
-        with phases.phase("evaluate"), Bar("evaluate", count, visible=jax.process_index() == 0) as bar:
-            scores = run_task(task, generator, params, asked, count, path, bar.update)
-        LOG.info("step %d: %s %.1f%% of %d", step, task.name, 100 * scores[task.name], count)
-        return scores
+    evaluator: Evaluator
+    directory: pathlib.Path
+    phases: Phases
+    last_step: int
 
-    return score
+    def __call__(self, params: Any, step: int) -> dict[str, float]:
+        config, evaluator = self.evaluator.config.eval, self.evaluator
+        count = config.final_examples if step == self.last_step else config.num_examples
+        size = evaluator.size(count)
+        with self.phases.phase("evaluate"), Bar("evaluate", size, visible=jax.process_index() == 0) as bar:
+            return evaluator(params, count, lambda task: self.directory / f"{task}-{step}.jsonl", bar.update)
+
+    def quality(self, scores: dict[str, float]) -> float | None:
+        return self.evaluator.quality(scores)
 
 
 def _embed_pairs(job: Job, params: Any) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings of both views of held-out conversations, each [P, D]."""
-    config, tokenizer, source = job.config, job.tokenizer, job.asked
+    config, tokenizer, source = job.config, job.tokenizer, job.evaluator.conversations
     jepa, most = config.objective.jepa, config.log.report_pairs
     pairs = [pair for i in _evenly(len(source), most) for pair in source[i].pairs(config.data.pairs)]
     pairs = [pairs[i] for i in _evenly(len(pairs), most)]
@@ -209,7 +205,7 @@ def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[s
     """Scores the newest checkpoint of a run on its evaluation split."""
     run = open_run(workdir, freeze(values))
     job = Job(run.config, run.mesh, run.tokenizer, open_splits(run.config.data, run.config.seed))
-    score = _evaluator(job, workdir, Phases(None), run.step)
+    score = job.evaluate(workdir, Phases(None), run.step)
     scores = score(run.params, run.step) if score else {}
     return {"step": run.step} | scores | {"workdir": str(workdir)}
 

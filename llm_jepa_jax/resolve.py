@@ -56,6 +56,7 @@ POSITIVE = [
     "eval.max_new_tokens",
     "eval.batch_size",
     "eval.num_examples",
+    "eval.sql_seconds",
     "log.every_steps",
 ]
 NOT_NEGATIVE = [

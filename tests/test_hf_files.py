@@ -158,6 +158,7 @@ def test_a_run_starts_from_a_published_model(tmp_path, tokenizer, tie):
         ours, known = np.asarray(opened.params[name]), np.asarray(theirs[name])
         if name == "head":
             ours, known = ours.T, known.T
+        known = known[:500]  # behind them is padding
         np.testing.assert_allclose(ours[:500], known[:500], atol=1e-6)
         np.testing.assert_allclose(ours[500:], np.tile(known[:500].mean(0), (12, 1)), atol=1e-6)
     result = run(["main", f"--workdir={tmp_path}/run", "--mode=export", f"--out={tmp_path}/out"])

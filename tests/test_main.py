@@ -80,8 +80,9 @@ def trained(tmp_path_factory):
 def test_a_run_is_evaluated_generated_from_and_inspected_by_its_directory(trained, tmp_path, capsys, monkeypatch):
     workdir, result = trained
     monkeypatch.chdir(tmp_path)
-    evaluation = run(["main", "--mode=eval", f"--workdir={workdir}"])
+    evaluation = run(["main", "--mode=eval", f"--workdir={workdir}", "--config.eval.tasks=exact_match,perplexity"])
     assert evaluation["exact_match"] == result["exact_match"] and evaluation["step"] == 4
+    assert 1 < evaluation["perplexity_low"] < evaluation["perplexity"] < evaluation["perplexity_high"] < 512
     answers = run(["main", "--mode=generate", f"--workdir={workdir}", "--prompt=lines that lack a digit"])["answers"]
     model = llm_jepa_jax.load(workdir)
     assert answers == model.generate(["lines that lack a digit"])
@@ -254,6 +255,10 @@ SMOKE = "--config=configs/tiny.py:smoke"
         ([SMOKE, "--config.model.vocab_size=100"], "is below the 512 pieces of the tokenizer"),
         ([SMOKE, "--config.train.num_steps=0"], "leave nothing to do"),
         ([SMOKE, "--config.objective.vicreg.weight=1", "--config.objective.jepa.weight=0"], "has no views"),
+        ([SMOKE, "--config.eval.tasks=exact"], "`eval.tasks`='exact' names 'exact'; use some of exact_match, gsm8k"),
+        ([SMOKE, "--config.eval.tasks=gsm8k"], "can ask none of 16 records (the target has no number behind ####"),
+        ([SMOKE, "--config.eval.tasks=spider"], "`eval.databases` is empty"),
+        ([SMOKE, "--config.eval.sql_seconds=0"], "eval.sql_seconds"),
         ([SMOKE, "--mode=fly"], "--mode"),
         ([SMOKE, "--colour=red"], "colour"),
         ([SMOKE, "stray"], "unexpected 'stray'"),

@@ -27,6 +27,11 @@ def line(*roles, content="x"):
         ("{}", "missing key `messages`"),
         ('{"code": "a"}', "`code` without `text`"),
         ('{"text": "a", "code": 3}', "`code` is int; it must be a string"),
+        (
+            '{"text": "a", "code": [{"role": "user", "content": "b"}]}',
+            "`code` is a list; it must be a string, or one turn",
+        ),
+        ('{"text": [{"role": "user", "content": " "}], "code": "b"}', "`text[0].content` is empty"),
         ('{"text": "a", "code": "b", "label": 1}', "unknown key `label`"),
         ('{"messages": []}', "must be a list of turns"),
         (line("assistant", "user"), "`messages[0].role`='assistant' out of order; 'user' comes here"),
@@ -52,6 +57,9 @@ def test_views_of_records():
     assert [message.role for message in record.messages] == ["user", "assistant"]
     (record,) = parse_records(json.dumps(GOOD | {"text": "t", "code": "c"}), "f:1")
     assert record.pairs("last") == record.pairs("turns") == (("t", "c", -1),) and record.messages[0].content == "q"
+    turns = {"text": [{"role": "user", "content": "t"}], "code": [{"role": "assistant", "content": "c"}]}
+    (record,) = parse_records(json.dumps(GOOD | turns), "f:1")
+    assert record.pairs("last") == (("t", "c", -1),)
     pairs = [{"text": "q", "code": "c"}, {"text": "t", "code": "d"}]
     (record,) = parse_records(json.dumps(GOOD | {"pairs": pairs}), "f:1")
     assert record.pairs("last") == (("q", "c", 0), ("t", "d", -1))

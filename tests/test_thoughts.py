@@ -5,8 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_jepa_jax.config import EvalConfig
+from llm_jepa_jax.data.records import Record
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.eval.tasks import EXACT_MATCH
+from llm_jepa_jax.eval.judging import judge
+from llm_jepa_jax.eval.questions import Asked, Item
+from llm_jepa_jax.eval.task import all_tasks
 from llm_jepa_jax.text.chat import Message, render, render_prompt, render_view
 from llm_jepa_jax.text.thoughts import split_thought, without_thought
 from llm_jepa_jax.text.tokenizer import load_tokenizer
@@ -112,9 +116,16 @@ def test_a_view_is_the_answer(loaded):
 
 
 def test_answers_are_compared_without_thoughts():
-    assert EXACT_MATCH.correct(THOUGHT.content, without_thought(THOUGHT.content))
-    assert not EXACT_MATCH.correct("<think>.*[0-9].*</think> no", ".*[0-9].*")
-    assert without_thought("a < b") == "a < b"
+    task, record = all_tasks()["exact_match"], Record((Message("user", "a digit"), THOUGHT))
+    assert task.target(record) == ".*[0-9].*" and without_thought("a < b") == "a < b"
+    for answer, verdict in (
+        (THOUGHT.content, "right"),
+        (".*[0-9].*", "right"),
+        ("<think>.*[0-9].*</think> no", "wrong"),
+    ):
+        asked = Asked(task, [Item("a:1", record, task.target(record), prompt=(1,))], [])
+        (line,), _ = judge(asked, {(1,): (answer, True)}, {}, EvalConfig())
+        assert line["verdict"] == verdict and line["answer"] == answer
 
 
 @given(st.lists(st.sampled_from(["<think>", "</think>", "a", " ", "\n", "b c", "é"]), max_size=9).map("".join))

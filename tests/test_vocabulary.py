@@ -87,14 +87,14 @@ def test_any_padding_leaves_loss_and_gradients_and_gets_none(mesh, z_loss, soft_
 def test_training_is_that_without_padding(tmp_path, tokenizer, model, options, devices):
     model, opt = model | {"num_layers": 1}, {"learning_rate": 3e-3} | options.get("opt", {})
     plain = small_config(tmp_path, **options | {"model": model | {"vocab_multiple": 1}, "mesh": {}, "opt": opt})
-    losses, state = losses_of(plain, tokenizer, 1)
-    assert state.params["embedding"].shape[0] == IDS
+    losses, params = losses_of(plain, tokenizer, 1)
+    assert params["embedding"].shape[0] == IDS
     others, other = losses_of(small_config(tmp_path, **options | {"model": model, "opt": opt}), tokenizer, devices)
-    assert other.params["embedding"].shape[0] == 640
+    assert other["embedding"].shape[0] == 640
     np.testing.assert_allclose(others[0], losses[0], rtol=1e-6)
     np.testing.assert_allclose(others, losses, rtol=1e-5)
-    assert not any(rows.any() for rows in padding(other.params))
-    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), state.params, cut(other.params))
+    assert not any(rows.any() for rows in padding(other))
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), params, cut(other))
     assert max(jax.tree.leaves(moved)) < 1e-3  # Adam divides tiny gradients by themselves
 
 

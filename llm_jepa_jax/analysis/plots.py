@@ -82,17 +82,19 @@ def losses(ntp: Series, jepa: Series) -> Figure:
     return figure
 
 
-def exact_match(scores: Series) -> Figure:
-    """Exact match over steps, in percent."""
-    figure, axes = _figure("Exact match on held-out records")
-    _line(axes, [(step, 100 * value) for step, value in scores], "exact match", GREEN)
+def task_scores(name: str, scores: Series, share: bool) -> Figure:
+    """A task's score over steps; a share in percent."""
+    factor, unit = (100.0, "%") if share else (1.0, "")
+    figure, axes = _figure(f"{name} on held-out records")
+    _line(axes, [(step, factor * value) for step, value in scores], name, GREEN)
     step, value = scores[-1]
     axes.annotate(
-        f"{100 * value:.1f}%", (step, 100 * value), (-6, 8), textcoords="offset points", ha="right", color=INK
-    )
-    axes.set_ylim(0, 105)
+        f"{factor * value:.1f}{unit}", (step, factor * value), (-6, 8), textcoords="offset points", ha="right",
+        color=INK,
+    )  # fmt: skip
+    axes.set_ylim(0, 105 if share else None)
     axes.set_xlabel("step")
-    axes.set_ylabel("%")
+    axes.set_ylabel(unit or name)
     return figure
 
 

@@ -25,7 +25,7 @@ NO_SPACE_WORDS = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk
 class Checkpoints:
     """The checkpoints of one run: `DIRECTORY/STEP/{state,meta}`.
 
-    The newest `keep_last` stay, and the `keep_best` best by exact match.
+    The newest `keep_last` stay, and the `keep_best` best by quality.
     """
 
     def __init__(self, directory: pathlib.Path, config: CheckpointConfig):
@@ -40,13 +40,13 @@ class Checkpoints:
             policies.append(
                 checkpoint_managers.BestN(
                     n=self._config.keep_best,
-                    get_metric_fn=lambda metrics: metrics["exact_match"],
+                    get_metric_fn=lambda metrics: metrics["quality"],
                     keep_checkpoints_without_metrics=False,
                 )
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=lambda metrics: metrics["exact_match"],
+            best_fn=lambda metrics: metrics["quality"],
             best_mode="max",
             enable_async_checkpointing=True,
             create=True,
@@ -57,13 +57,15 @@ class Checkpoints:
         """Steps on disk or being written, oldest first; damaged ones included."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], exact_match: float | None) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], quality: float | None) -> None:
         """Starts writing `state` (a tree of arrays) and `meta` (JSON); returns when the arrays are copied.
+
+        `quality` is what checkpoints are compared by, higher is better; without it, one is never among the best.
 
         Raises:
             UserError: this or the save before it could not be written; earlier checkpoints stay.
         """
-        metrics = None if exact_match is None else {"exact_match": exact_match}
+        metrics = None if quality is None else {"quality": quality}
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         try:
             self._manager.save(step, args=arguments, metrics=metrics)

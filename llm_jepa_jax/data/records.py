@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.text.chat import ROLES, Message
+from llm_jepa_jax.text.chat import ROLES, VIEW_ROLES, Message
 
 SHAPES = (
     '{"messages": [...]} with an optional system turn, then user and assistant turns; {"text": ..., "code": ...}; '
@@ -120,8 +120,20 @@ def _views(value: dict[str, Any], prefix: str, where: str) -> tuple[str, str]:
     for name, other in (("text", "code"), ("code", "text")):
         if name not in value:
             raise UserError(f"{where}: `{other}` without `{name}`; the two views come together")
-    text, code = (_content(value[name], prefix + name, where) for name in ("text", "code"))
+    text, code = (_view(value[name], role, prefix + name, where) for name, role in VIEW_ROLES.items())
     return text, code
+
+
+def _view(value: Any, role: str, name: str, where: str) -> str:
+    """A view's content, which may also be written as a list of one turn (the published HellaSwag files)."""
+    if not isinstance(value, list):
+        return _content(value, name, where)
+    turn = value[0] if len(value) == 1 else None
+    if not isinstance(turn, dict) or set(turn) != {"role", "content"} or turn["role"] != role:
+        raise UserError(
+            f'{where}: `{name}` is a list; it must be a string, or one turn [{{"role": "{role}", "content": ...}}]'
+        )
+    return _content(turn["content"], f"{name}[0].content", where)
 
 
 def _content(value: Any, name: str, where: str) -> str:

@@ -8,7 +8,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -31,8 +31,14 @@ from llm_jepa_jax.train.step import make_train_step
 
 LOG = logging.getLogger("llm_jepa_jax")
 
-Evaluate = Callable[[Any, int], dict[str, float]]
-"""(parameters, step) to scores, `exact_match` among them."""
+
+class Evaluate(Protocol):
+    """Scores parameters."""
+
+    def __call__(self, params: Any, step: int) -> dict[str, float]: ...
+    def quality(self, scores: dict[str, float]) -> float | None:
+        """What checkpoints are compared by, higher is better; None where the scores do not hold it."""
+        ...
 
 
 @dataclasses.dataclass
@@ -200,7 +206,7 @@ def train(
     done = step >= data.num_steps
     if done and evaluate and not recorder.scores:
         recorder.write_scores(step, evaluate(state.params, step))
-    save.last(step, state, recorder.scores.get("exact_match"))
+    save.last(step, state, evaluate.quality(recorder.scores) if evaluate else None)
     if not done:
         LOG.warning("asked to stop: the state is saved at step %d; the same command goes on from there", step)
     return Result(state, step, recorder.last | recorder.scores, not done)
@@ -234,17 +240,17 @@ class Saver:
     def __init__(self, checkpoints: Checkpoints, recorder: Recorder, config: Config):
         self.checkpoints, self._recorder, self._config = checkpoints, recorder, config
 
-    def __call__(self, step: int, state: TrainState, exact_match: float | None) -> None:
+    def __call__(self, step: int, state: TrainState, quality: float | None) -> None:
         if step == 0 or step in self.checkpoints.steps():
             return
         # All draws come from (seed, step) and (seed, epoch, example), so these two are the whole random state.
         meta = {"step": step, "seed": self._config.seed, "window": self._recorder.window.sums}
         with jax.transfer_guard("allow"):  # Orbax copies the shards to the host by itself
-            self.checkpoints.save(step, state, meta, exact_match)
+            self.checkpoints.save(step, state, meta, quality)
 
-    def last(self, step: int, state: TrainState, exact_match: float | None) -> None:
+    def last(self, step: int, state: TrainState, quality: float | None) -> None:
         """The same, and waits until everything is on disk."""
-        self(step, state, exact_match)
+        self(step, state, quality)
         self.checkpoints.close()
         self._recorder.close()
 
@@ -254,13 +260,13 @@ def _due(step: int, *periods: int) -> bool:
 
 
 def _score(config: Config, step: int, evaluate: Evaluate | None, state: TrainState, recorder: Recorder) -> float | None:
-    """Exact match where an evaluation is due."""
+    """The quality where an evaluation is due."""
     if not evaluate or not _due(step, config.eval.every_steps):
         return None
     with jax.transfer_guard("allow"):
         scores = evaluate(state.params, step)
     recorder.write_scores(step, scores)
-    return scores["exact_match"]
+    return evaluate.quality(scores)
 
 
 @dataclasses.dataclass
