@@ -4,6 +4,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,15 @@ import numpy as np
 
 from llm_jepa_jax.checkpoint.export_settings import SHARD_BYTES, ExportSettings
 from llm_jepa_jax.checkpoint.hf_directory import is_published
-from llm_jepa_jax.checkpoint.places import new_place, place
+from llm_jepa_jax.checkpoint.places import new_place, on_this_machine, place
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
-from llm_jepa_jax.eval.generate import Generator
+from llm_jepa_jax.eval.generate import Generator, Vocabulary
 from llm_jepa_jax.models.transformer import head_kernel
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
 from llm_jepa_jax.run_directory import Run, export_run, open_published, open_run
 from llm_jepa_jax.text.chat import VIEW_ROLES, Message, render_prompt
+from llm_jepa_jax.text.checkpoint_files import configured_ids
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
 
@@ -72,6 +74,8 @@ class LanguageModel:
     def _check(self, ids: Sequence[Sequence[int]]) -> None:
         model = self.run.config.model
         for number, sequence in enumerate(ids):
+            if np.ndim(sequence) != 1:
+                raise UserError(f"ids[{number}] is no sequence of token ids; pass a list of sequences, [ids] for one")
             if not 0 < len(sequence) <= model.max_positions:
                 raise UserError(f"ids[{number}] has {len(sequence)} tokens; use 1 to {model.max_positions}")
             if min(sequence) < 0 or max(sequence) >= model.vocab_size:
@@ -99,18 +103,37 @@ class LanguageModel:
         return encode(run.params, run.config.model, run.config.objective.jepa, ids, run.mesh, self._dtype)
 
     def generate(
-        self, prompts: Sequence[str], max_new_tokens: int | None = None, system: str | None = None
-    ) -> list[str]:
-        """Greedy answers to user prompts. `system` defaults to the system turn of the run's evaluation data."""
-        config = self.run.config
+        self, prompts: Sequence[Any], max_new_tokens: int | None = None, system: str | None = None
+    ) -> list[Any]:
+        """Greedy answers, without the tokens that end them.
+
+        Texts are user prompts, or texts to go on with where there is no chat template; their answers are texts.
+        Sequences of token ids are continued as they are; their answers are lists of ids. `system` defaults to the
+        system turn of the run's evaluation data.
+
+        Raises:
+            UserError: a prompt is empty, too long, holds an id outside the vocabulary, or is text without a tokenizer.
+        """
+        config, run = self.run.config, self.run
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if texts and len(texts) < len(prompts) or (system is not None and not texts):
+            raise UserError("prompts: pass texts, or sequences of token ids, which have no system turn")
         generator = Generator(
-            config.model, self.tokenizer, self.run.mesh, max_new_tokens or config.eval.max_new_tokens,
-            config.eval.batch_size, self._dtype,
+            config.model, self.tokenizer if texts else run.tokenizer or self._vocabulary, run.mesh,
+            max_new_tokens or config.eval.max_new_tokens, config.eval.batch_size, self._dtype,
         )  # fmt: skip
-        system = self.run.system if system is None else system
+        if not texts:
+            return [new for new, _ in generator(run.params, prompts)]
+        system = run.system if system is None else system
         turns = [Message("system", system)] if system else []
-        ids = [render_prompt(self.tokenizer, [*turns, Message("user", prompt)]) for prompt in prompts]
-        return [self.tokenizer.decode(new) for new, _ in generator(self.run.params, ids)]
+        ids = [render_prompt(self.tokenizer, [*turns, Message("user", prompt)]) for prompt in texts]
+        return [self.tokenizer.decode(new) for new, _ in generator(run.params, ids)]
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        """That of a published model without a tokenizer."""
+        ends = configured_ids(on_this_machine(self.run.published), "eos_token_id") if self.run.published else []
+        return Vocabulary(self.run.config.model.vocab_size, tuple(ends))
 
     def save_hf(
         self,

@@ -57,7 +57,7 @@ CASES = {
         "Ministral",
         {"head_dim": 16, "sliding_window": 24, "layer_types": ["full_attention", *["sliding_attention"] * 2]},
     ),
-    "stablelm": ("StableLm", {"partial_rotary_factor": 0.25, "use_qkv_bias": True}),
+    "stablelm": ("StableLm", {"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
     "starcoder2": ("Starcoder2", {"sliding_window": 24, "num_key_value_heads": 3}),
     "phi3": ("Phi3", {"sliding_window": 24}),
     "gemma3-untied": ("Gemma3Text", GEMMA | {"tie_word_embeddings": False, "num_hidden_layers": 2}),

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worked example of docs/adding_a_model.md, applied to a copy of the package and its tests."""
+"""The worked example of docs/adding_a_model.md is what the repository has, and its scripts run."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 from tests.conftest import CACHE, REPOSITORY
 from tests.test_adding_an_objective import apply
 
+FILE = r"<!-- (\S+) -->\n```python\n(.*?)```"
 READS = """
 import importlib.util
 import jax.numpy as jnp
@@ -33,47 +33,59 @@ except UserError as error:
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """A copy with the page's files written and its changes applied."""
-    copy, page = tmp_path_factory.mktemp("copy"), (REPOSITORY / "docs" / "adding_a_model.md").read_text()
-    for name in ("llm_jepa_jax", "tests", "configs"):
-        shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "benchmarks"))
-    shutil.copy(REPOSITORY / "pyproject.toml", copy)
-    files = re.findall(r"<!-- (\S+) -->\n```python\n(.*?)```", page, re.DOTALL)
+def page():
+    return (REPOSITORY / "docs" / "adding_a_model.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def written(page, tmp_path_factory):
+    """A directory with the page's files that the repository does not have."""
+    directory = tmp_path_factory.mktemp("page")
+    (directory / "configs").mkdir()
+    for name, code in re.findall(FILE, page, re.DOTALL):
+        if not (REPOSITORY / name).exists():
+            (directory / name).write_text(code)
+    return directory
+
+
+def test_the_page_is_what_the_repository_has(page, tmp_path):
+    """The family's file as it is; and with the page's changes taken back and made again, the other files too."""
+    files = dict(re.findall(FILE, page, re.DOTALL))
     assert len(files) == 3
-    for name, code in files:
-        (copy / name).write_text(code)
+    family = "llm_jepa_jax/models/families/stablelm.py"
+    assert files[family] == (REPOSITORY / family).read_text()
     changes = re.findall(r"```diff\n--- a/(\S+)\n.*?\n(@@.*?)```", page, re.DOTALL)
     assert len(changes) == 2
     for name, hunks in changes:
-        apply(copy / name, hunks)
-    return copy
+        now, copy = (REPOSITORY / name).read_text(), tmp_path / "copy.py"
+        copy.write_text(now)
+        apply(copy, re.sub(r"^[+-]", lambda sign: "-+"["+-".index(sign[0])], hunks, flags=re.MULTILINE))
+        assert copy.read_text() != now
+        apply(copy, hunks)
+        assert copy.read_text() == now
 
 
-def start(package, *arguments):
-    flags = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(package), "LLM_JEPA_TEST_CACHE": str(CACHE)}
+def start(directory, *arguments):
+    flags = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY), "LLM_JEPA_TEST_CACHE": str(CACHE)}
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=package, env=flags, capture_output=True, text=True, timeout=600
+        [sys.executable, *arguments], cwd=directory, env=flags, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def test_the_family_reads_its_preset_and_refuses_what_it_does_not_know(package):
-    first, second = start(package, "-c", READS).splitlines()
-    published = re.search(r"this one's are ([\d,]+)", (REPOSITORY / "docs" / "adding_a_model.md").read_text())
-    assert first == f"stablelm {published[1].replace(',', '')}"
+def test_the_family_reads_its_preset_and_refuses_what_it_does_not_know(page, written):
+    published = re.search(r"this one's are ([0-9,]+)", page)[1].replace(",", "")
+    first, second = start(written, "-c", READS).splitlines()
+    assert first == f"stablelm {published}"
     assert second == ("config.json: `use_parallel_residual` is True, which is not supported; use a model with False")
 
 
 @pytest.mark.parity
-def test_the_worked_example_equals_transformers(package):
-    """By the tests that the page names, and by its own comparison of layers."""
+def test_the_comparison_of_layers_equals_transformers(written):
     pytest.importorskip("torch")
-    words = start(package, "-m", "pytest", "-q", "-m", "parity", "tests/test_hf_parity.py", "-k", "stablelm", "-n0")
-    assert "4 passed" in words
     make = "from tests.hf_models import make_model; make_model('stablelm').save_pretrained('small')"
-    start(package, "-c", make)
-    lines = start(package, "compare.py", "small").splitlines()
+    start(written, "-c", make)
+    lines = start(written, "compare.py", "small").splitlines()
     assert [line.split(":")[0] for line in lines] == [f"layer {layer}" for layer in range(4)]
     assert all(float(re.search(r": (\S+),", line)[1]) < 1e-5 for line in lines)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Probabilities of given tokens, and evaluation of several tasks at once with a real model."""
 
+import dataclasses
 import json
 
 import jax
@@ -74,6 +75,19 @@ def test_probabilities_are_those_of_one_sequence_alone(questions, expected, devi
         assert values.dtype == np.float32 and len(values) == len(expected[i])
         np.testing.assert_allclose(values, expected[i], rtol=1e-5, atol=1e-5)
         assert not len(values) or values.argmax() == np.argmax(expected[i])
+
+
+def test_padding_of_the_vocabulary_has_no_probability():
+    few = dataclasses.replace(CONFIG, vocab_size=300)
+    junk = {name: few.padded_vocab_size - 300 for name in ("embedding", "head_bias")}
+    params = PARAMS | {name: PARAMS[name][: few.padded_vocab_size] for name in junk}
+    question = Question((1, 2, 3), tuple((place, token) for place in range(3) for token in (0, 7, 299)))
+    (found,) = log_probabilities(params, few, [question], mesh_of(1), jnp.float32, 1)
+    alone = dataclasses.replace(few, vocab_multiple=1)
+    cut = PARAMS | {name: PARAMS[name][:300] for name in junk}
+    (expected,) = log_probabilities(cut, alone, [question], mesh_of(1), jnp.float32, 1)
+    assert junk["embedding"] == 84 and np.abs(np.asarray(params["embedding"][300:])).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_equal_sequences_are_one_forward_pass():

@@ -295,11 +295,41 @@ def test_weights_without_rows_for_predictor_tokens_say_so(tmp_path, caplog):
     known, size = tokenizer.vocab_size - len(tokenizer.new_ids), tokenizer.vocab_size
     for rows, words in ((known - known % 2, "no rows for predictor tokens"), (size + size % 2, "")):
         directory = tmp_path / str(rows)
-        write(directory, dataclasses.replace(MODEL, vocab_size=rows), tokenizer_files=files)
+        write(directory, dataclasses.replace(MODEL, vocab_size=rows), files=files)
         caplog.clear()
         lm = lj.load(directory)
         assert words in caplog.text and bool(caplog.text) == bool(words)
         assert np.array_equal(lm.encode(["a digit"]), lm.encode(["a digit"], 0)) == bool(words)
+
+
+def test_token_ids_are_continued_without_a_tokenizer(tmp_path):
+    """Each is the most probable of `logits`; the end token of the configuration ends an answer."""
+    write(tmp_path / "m")
+    lm = lj.load(tmp_path / "m")
+    prompts = [[5, 9, 2], [7], [1, 2, 3, 4, 5]]
+    answers = lm.generate(prompts, max_new_tokens=6)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer) == 6
+        (logits,) = lm.logits([[*prompt, *answer]])
+        assert logits[len(prompt) - 1 : -1].argmax(axis=1).tolist() == answer
+    end = answers[0][2]
+    edit(tmp_path / "m" / "config.json", eos_token_id=end)
+    assert lj.load(tmp_path / "m").generate(prompts[:1], max_new_tokens=6) == [answers[0][: answers[0].index(end)]]
+    with pytest.raises(UserError, match=r"prompts\[1\] is empty or holds an id outside 0 to 511"):
+        lm.generate([[1], [100_000]])
+    with pytest.raises(UserError, match="pass texts, or sequences of token ids"):
+        lm.generate([[1], "a"])
+    with pytest.raises(UserError, match=r"ids\[0\] is no sequence of token ids; pass a list of sequences"):
+        lm.logits([1, 2])
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    """It has far fewer ids than the embedding has rows."""
+    family = write_family("qwen3", tmp_path)
+    files = {name: (family / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    write(tmp_path / "m", dataclasses.replace(MODEL, vocab_size=900), files=files)
+    with pytest.raises(UserError, match=r"its tokenizer has \d+ ids and its embedding 900 rows, so they are of differ"):
+        run([*QUICK, f"--config.init.checkpoint={tmp_path}/m", f"--workdir={tmp_path}/run"])
 
 
 def test_hub_models_need_a_network_or_the_cache(monkeypatch):

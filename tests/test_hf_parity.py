@@ -11,11 +11,8 @@ import pytest
 
 import llm_jepa_jax as lj
 from llm_jepa_jax.batch import FIELDS, Batch, RowShape, abstract_batch
-from llm_jepa_jax.config import MeshConfig
 from llm_jepa_jax.eval.encode import hidden_states, pad_right
-from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.models.transformer import forward_states
-from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import rows_sharding
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.train.step import make_train_step
@@ -73,32 +70,30 @@ def test_packed_segments_equal_sequences_alone(case):
         start += len(tokens)
 
 
-def test_greedy_answers_are_token_for_token_the_same(case, tokenizer):
+def test_greedy_answers_are_token_for_token_the_same(case):
     """20 prompts of many lengths in one batch, of those whose every choice leads by more than 1e-3."""
     import torch
 
     _, model, _, lm = case
     rng, new, width = np.random.default_rng(2), 16, 84
     prompts = [rng.integers(20, 96, 3 * length).tolist() for length in range(1, 29)]
-    generate = Generator(lm.run.config.model, tokenizer, make_mesh(MeshConfig(), jax.devices()[:1]), new, 28, "float32")
     padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     theirs = model.generate(
-        padded, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0,
-        suppress_tokens=np.flatnonzero(generate._forbidden_V).tolist(), eos_token_id=list(tokenizer.stop_ids),
+        padded, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=2,
         output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
     tokens_BxT = theirs.sequences[:, width:].numpy()
     best_TxBx2 = np.stack([torch.topk(scores, 2).values.numpy() for scores in theirs.scores])
     expected, leads = [], []
     for row, tokens in enumerate(tokens_BxT):
-        ends = np.flatnonzero(np.isin(tokens, tokenizer.stop_ids))
+        ends = np.flatnonzero(tokens == 2)
         taken = ends[0] + 1 if len(ends) else len(tokens)
         expected.append((tokens[: ends[0]] if len(ends) else tokens).tolist())
         leads.append((best_TxBx2[:taken, row, 0] - best_TxBx2[:taken, row, 1]).min())
     clear = [row for row, lead in enumerate(leads) if lead > 1e-3][:20]
     assert len(clear) == 20
-    ours = [ids for ids, _ in generate(jax.device_get(lm.run.params), prompts)]
+    ours = lm.generate(prompts, new)
     assert [ours[row] for row in clear] == [expected[row] for row in clear]
     assert len({tuple(expected[row]) for row in clear}) > 15
 

@@ -167,16 +167,16 @@ def _overrides(config: Config) -> str:
 def _scores(facts: CardFacts, workdir: pathlib.Path) -> str:
     """The newest evaluation of every task up to the exported step, and the last metrics of training."""
     newest: dict[str, tuple[int, pathlib.Path]] = {}
-    for path in (workdir / "eval").glob("*-*.jsonl"):
+    for path in (workdir / "eval").glob("*-*.json"):
         task, _, step = path.stem.rpartition("-")
         if step.isdigit() and newest.get(task, (-1,))[0] < int(step) <= facts.step:
             newest[task] = int(step), path
     rows = []
     for task, (step, path) in sorted(newest.items()):
-        verdicts = [line["correct"] for line in _lines(path) if "correct" in line]
-        if verdicts:
-            share = f"{100 * sum(verdicts) / len(verdicts):.1f}% of {len(verdicts):,} examples"
-            rows.append((task.replace("_", " "), share, step))
+        score = _json(path)
+        unit, factor = ("%", 100) if score["share"] else ("", 1)
+        value, low, high = (f"{factor * score[name]:.1f}" for name in ("value", "low", "high"))
+        rows.append((task, f"{value}{unit} of {score['asked']:,} examples (95%: {low} to {high})", step))
     metrics = [line for line in _lines(workdir / "metrics.jsonl") if line["step"] <= facts.step]
     for name in LAST_METRICS:
         found = [(line["step"], line[name]) for line in metrics if isinstance(line.get(name), int | float)]

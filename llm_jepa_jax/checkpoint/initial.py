@@ -22,6 +22,8 @@ from llm_jepa_jax.schema import flatten, freeze_section, unflatten
 from llm_jepa_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, saved_tokenizer
 
 LOG = logging.getLogger("llm_jepa_jax")
+SMALLEST_SHARE = 0.9
+"""Of an embedding's rows, that the ids of its tokenizer must be."""
 OWN_KEYS = ("max_positions", "init_std", "family")
 """Keys of the model that may differ from those of the checkpoint."""
 
@@ -92,6 +94,7 @@ def initial_tokenizer(config: Config, start: Initial) -> Tokenizer:
     saved = saved_tokenizer(files)
     if isinstance(start.source, HfCheckpoint) and has_tokenizer(files):
         saved = load_tokenizer(files, config.text.chat_template)
+        _check_of_one_model(start, saved)
     if saved is None and config.text.tokenizer:
         return load_tokenizer(config.text.tokenizer, config.text.chat_template)
     if saved is None:
@@ -106,6 +109,16 @@ def initial_tokenizer(config: Config, start: Initial) -> Tokenizer:
                 f"`init.checkpoint` at id {index}; leave it out to take that run's tokenizer"
             )
     return tokenizer
+
+
+def _check_of_one_model(start: Initial, tokenizer: Tokenizer) -> None:
+    """Published vocabularies are padded by a few percent at most; a tokenizer far below that is another model's."""
+    known = tokenizer.vocab_size - len(tokenizer.new_ids)
+    if known < SMALLEST_SHARE * start.model.vocab_size:
+        raise UserError(
+            f"config: `init.checkpoint`={start.directory}: its tokenizer has {known} ids and its embedding "
+            f"{start.model.vocab_size} rows, so they are of different models; bring the right tokenizer files there"
+        )
 
 
 def initial_parameters(key: jax.Array, config: Config, start: Initial, mesh: Mesh) -> Any:

@@ -21,12 +21,26 @@ WIDTH_MULTIPLE = 32
 """Prompts are padded to a multiple of this, so that few shapes are compiled."""
 
 
+NO_END = -1
+"""Stands behind an answer of a model without an end token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What generation needs to know of a tokenizer, for a model that comes without one."""
+
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    pad_id: int = 0
+    forbidden_ids: frozenset[int] = frozenset()
+
+
 @dataclasses.dataclass(frozen=True)
 class Generator:
     """Generates with one model configuration; parameters are an argument, so training reuses what is compiled."""
 
     model: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | Vocabulary
     mesh: Mesh
     max_new_tokens: int
     batch_size: int
@@ -41,8 +55,15 @@ class Generator:
         called with the number of prompts done.
 
         Raises:
-            UserError: a prompt and its answer do not fit `model.max_positions`.
+            UserError: a prompt is empty or holds an id outside the vocabulary, or it and its answer do not fit
+                `model.max_positions`.
         """
+        for number, prompt in enumerate(prompts):
+            if not len(prompt) or min(prompt) < 0 or max(prompt) >= self.model.vocab_size:
+                raise UserError(
+                    f"prompts[{number}] is empty or holds an id outside 0 to {self.model.vocab_size - 1}; "
+                    "the tokenizer and the weights may be of different models"
+                )
         longest = max((len(prompt) for prompt in prompts), default=0)
         if longest + self.max_new_tokens > self.model.max_positions:
             raise UserError(
@@ -62,7 +83,7 @@ class Generator:
         return answers
 
     def _cut(self, new_T: np.ndarray) -> tuple[list[int], bool]:
-        ends = np.flatnonzero(np.isin(new_T, self.tokenizer.stop_ids))
+        ends = np.flatnonzero(np.isin(new_T, self._stop_ids))
         return (new_T[: ends[0]] if len(ends) else new_T).tolist(), bool(len(ends))
 
     def _batch(self, params: Any, prompts: list[Sequence[int]], size: int) -> np.ndarray:
@@ -80,6 +101,10 @@ class Generator:
         with jax.set_mesh(self.mesh):
             return np.asarray(jax.device_get(self._compiled(params, *arrays)))
 
+    @property
+    def _stop_ids(self) -> tuple[int, ...]:
+        return self.tokenizer.stop_ids or (NO_END,)
+
     @functools.cached_property
     def _compiled(self) -> Any:
         return jax.jit(self._generate, out_shardings=jax.NamedSharding(self.mesh, jax.P()))
@@ -94,7 +119,8 @@ class Generator:
     def _generate(self, params: Any, tokens_BxS: jax.Array, first_slot_B: jax.Array, ended_B: jax.Array) -> jax.Array:
         """New tokens [B, T]; after an end token, more end tokens."""
         size, width = tokens_BxS.shape
-        end, stops = self.tokenizer.stop_ids[0], jnp.array(self.tokenizer.stop_ids, jnp.int32)
+        stops = jnp.array(self._stop_ids, jnp.int32)
+        end = self._stop_ids[0]
         head_DxV = head_kernel(params, self.model).astype(self.dtype)
 
         def choose(hidden_BxD: jax.Array, ended_B: jax.Array) -> jax.Array:

@@ -51,6 +51,9 @@ def _log_probabilities(
             logits_RxCxV += params["head_bias"].astype(jnp.float32)
         if config.logit_soft_cap:
             logits_RxCxV = config.logit_soft_cap * jnp.tanh(logits_RxCxV / config.logit_soft_cap)
+        if config.padded_vocab_size > config.vocab_size:
+            is_id_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
+            logits_RxCxV = jnp.where(is_id_V, logits_RxCxV, -jnp.inf)
         wanted_RxC = jnp.take_along_axis(logits_RxCxV, targets_RxC[..., None], axis=2)[..., 0]
         return wanted_RxC - jax.nn.logsumexp(logits_RxCxV, axis=2)
 
@@ -83,7 +86,7 @@ def log_probabilities(
 ) -> list[np.ndarray]:
     """Natural log-probability of each question's slots, float32 [slots] each, in the order given.
 
-    Over all rows of the head: `exp(-mean)` of a text's own tokens is its perplexity as others count it. Sequences are
+    Over all ids of the model: `exp(-mean)` of a text's own tokens is its perplexity as others count it. Sequences are
     sorted by length, so a result depends on its batch by rounding alone. `progress` is called with the number done.
     """
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(questions)

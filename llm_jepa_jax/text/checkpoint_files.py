@@ -145,3 +145,9 @@ def read_checkpoint_files(place: pathlib.Path) -> CheckpointFiles:
             f"text.tokenizer={place}: no {TOKENIZER} and no {MODEL} there; name the directory of a checkpoint"
         )
     return CheckpointFiles(str(directory), contents)
+
+
+def configured_ids(directory: pathlib.Path, name: str) -> list[int]:
+    """Ids of a key such as `eos_token_id` in a directory's `generation_config.json`, or else `config.json`."""
+    paths = [directory / file for file in (GENERATION, MODEL_CONFIG)]
+    return CheckpointFiles(str(directory), {p.name: p.read_bytes() for p in paths if p.is_file()}).ids(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""StableLM: Llama with LayerNorm and a part of each head rotated."""
+"""StableLM 3B and StableLM 2 1.6B: Llama with LayerNorm and part of each head rotated."""
 
 from llm_jepa_jax.models.families.family import SEQUENTIAL, Family
 from llm_jepa_jax.models.families.parts import SIZES, Activation, Fixed, Flags, HeadDim, Rope, Value
