@@ -17,7 +17,7 @@ from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
 from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.models.transformer import head_kernel
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
-from llm_jepa_jax.run_directory import Run, export_run, open_published, open_run
+from llm_jepa_jax.run_directory import Run, export_adapter, export_run, open_published, open_run
 from llm_jepa_jax.text.chat import VIEW_ROLES, Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
@@ -110,7 +110,8 @@ class LanguageModel:
     def save_hf(
         self, directory: str | pathlib.Path, *, dtype: str = "", shard_bytes: int = SHARD_BYTES, num_tokens: int = 0
     ) -> None:
-        """Writes a directory that `transformers` and vLLM read: weights, `config.json`, generation settings.
+        """Writes a directory that `transformers` and vLLM read: weights, `config.json`, generation settings. Adapters
+        are merged.
 
         `dtype` is that of the weights (default: as they are), a file of several tensors holds up to `shard_bytes`, and
         `num_tokens` keeps that many first rows of the vocabulary (0: all).
@@ -123,12 +124,26 @@ class LanguageModel:
         settings = ExportSettings(dtype, shard_bytes, num_tokens)
         export_run(self.run, pathlib.Path(directory).expanduser(), settings)
 
+    def save_adapter(self, directory: str | pathlib.Path) -> None:
+        """Writes the adapters alone, as a directory that `peft` loads beside the base.
 
-def load(directory: str | pathlib.Path) -> LanguageModel:
+        Raises:
+            UserError: there are none, their base is no published model, or the directory is not new.
+        """
+        export_adapter(self.run, pathlib.Path(directory).expanduser())
+
+
+def load(directory: str | pathlib.Path, adapter: str | pathlib.Path | None = None) -> LanguageModel:
     """Opens a run's directory, or that of a published model (`config.json` and safetensors), or a model of the hub.
 
+    `adapter` is the directory of a PEFT adapter to a published model.
+
     Raises:
-        UserError: it is neither, a file is missing or damaged, or the model is not supported.
+        UserError: it is neither, a file is missing or damaged, or the model or the adapter is not supported.
     """
     path = local_directory(str(directory))
-    return LanguageModel(open_published(path) if is_published(path) else open_run(path))
+    if is_published(path):
+        return LanguageModel(open_published(path, local_directory(str(adapter)) if adapter else None))
+    if adapter:
+        raise UserError(f"{path}: is no published model; adapter={adapter} lies beside one")
+    return LanguageModel(open_run(path))

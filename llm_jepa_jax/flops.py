@@ -4,12 +4,14 @@
 from llm_jepa_jax.config import ModelConfig
 
 
-def model_flops(config: ModelConfig, tokens: float, targets: float, length: int) -> float:
+def model_flops(config: ModelConfig, tokens: float, targets: float, length: int, frozen: bool = False) -> float:
     """FLOPs that training on `tokens` tokens needs (forward and backward, no recomputation).
 
-    6 for every weight a token meets, causal attention over `length`, and the head at target slots only.
+    6 for every weight a token meets, causal attention over `length`, and the head at target slots only. `frozen`
+    weights take 4: they have no gradient. Adapters beside them are not counted.
     """
     attention = config.embed_dim * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
     weights = config.num_layers * (attention + (3 if config.mlp_gated else 2) * config.embed_dim * config.mlp_dim)
     scores = config.num_layers * config.num_heads * config.head_dim * length
-    return tokens * 6 * (weights + scores) + targets * 6 * config.embed_dim * config.vocab_size
+    a_weight = 4 if frozen else 6
+    return tokens * (a_weight * weights + 6 * scores) + targets * a_weight * config.embed_dim * config.vocab_size

@@ -18,6 +18,7 @@ from llm_jepa_jax.huge_pages import use_huge_pages
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MODES = ("train", "eval", "generate", "export", "inspect")
+FORMATS = ("merged", "peft")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LOG = logging.getLogger("llm_jepa_jax")
@@ -33,6 +34,9 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "directory of the run (train: default runs/NAME)", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a prompt; without any, lines of stdin", flag_values=values)
     flags.DEFINE_string("out", "", "export: the directory to write", flag_values=values)
+    flags.DEFINE_enum(
+        "format", "merged", FORMATS, "export: the whole model, or a run's adapters for PEFT", flag_values=values
+    )
     flags.DEFINE_integer("rows", 3, "inspect: how many rows to show", lower_bound=1, flag_values=values)
     flags.DEFINE_bool("debug", False, "show the stack trace of an error", flag_values=values)
 
@@ -118,7 +122,7 @@ def run(argv: list[str]) -> dict[str, object]:
     if values.mode == "generate":
         return modes.generate(values.config, workdir, values.prompt or [line.rstrip("\n") for line in sys.stdin])
     if values.mode == "export":
-        return modes.export(values.config, workdir, values.out)
+        return modes.export(values.config, workdir, values.out, values.format)
     return modes.inspect(values.config, workdir, values.rows)
 
 

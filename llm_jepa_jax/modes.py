@@ -15,9 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from llm_jepa_jax.checkpoint.frozen import with_step
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings
 from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.initial import Initial, initial_tokenizer, open_initial, with_initial
+from llm_jepa_jax.checkpoint.peft import with_adapter
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
@@ -29,7 +31,7 @@ from llm_jepa_jax.eval.generate import Generator
 from llm_jepa_jax.eval.tasks import TASKS
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.resolve import attention_backend, resolve, with_vocabulary
-from llm_jepa_jax.run_directory import check_directory, claim, export_run, open_run
+from llm_jepa_jax.run_directory import check_directory, claim, export_adapter, export_run, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer, saved_tokenizer
 from llm_jepa_jax.train.loop import Evaluate
@@ -68,8 +70,12 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.train.compile_cache).expanduser()))
     mesh = make_mesh(config.mesh)
     config = dataclasses.replace(config, init=_absolute(config.init))
+    if config.lora.adapter:
+        path = pathlib.Path(config.lora.adapter).expanduser().absolute()
+        config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, adapter=str(path)))
     start = open_initial(config)
-    config = resolve(with_initial(config, start), mesh.devices.shape)
+    config = with_initial(config, start)
+    config = resolve(with_step(with_adapter(config, config.model), start), mesh.devices.shape)
     config = dataclasses.replace(config, data=absolute_paths(config.data))
     splits = open_splits(config.data, config.seed)
     tokenizer = _tokenizer(config, workdir, splits.train, start)
@@ -122,9 +128,9 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     result = run_training(factory, data, workdir, phases, evaluator)
     if not result.stopped_early and config.log.report:
         with phases.phase("report"):
-            pairs = _embed_pairs(job, result.state.params)
+            pairs = _embed_pairs(job, result.state.whole)
             del result.state
-            initial = _embed_pairs(job, factory.create().params)
+            initial = _embed_pairs(job, factory.create().whole)
             if jax.process_index() == 0:
                 from llm_jepa_jax.analysis.report import write_report  # a second of imports, wanted only at the end
 
@@ -237,10 +243,11 @@ def inspect(values: ml_collections.ConfigDict, workdir: pathlib.Path, rows: int)
     return data.summary()
 
 
-def export(values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str) -> dict[str, Any]:
-    """Writes the newest checkpoint of a run as a published model."""
+def export(values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str, form: str) -> dict[str, Any]:
+    """Writes the newest checkpoint of a run as a published model, or its adapters alone (`form`: `peft`)."""
     if not out:
         raise UserError("--mode=export: no directory to write; pass --out=DIR")
     run = open_run(workdir, freeze(values))
-    files = export_run(run, pathlib.Path(out).expanduser(), ExportSettings())
+    directory = pathlib.Path(out).expanduser()
+    files = export_adapter(run, directory) if form == "peft" else export_run(run, directory, ExportSettings())
     return {"step": run.step, "out": out, "weight_files": files, "workdir": str(workdir)}

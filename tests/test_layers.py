@@ -20,6 +20,8 @@ ORDER = (
         "huge_pages",
         "schema",
         "objective_config",
+        "lora_config",
+        "resolve_lora",
     ),
     ("text", "parallel"),
     ("data", "models"),

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,12 +15,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jepa_jax.checkpoint.hf_directory import CONFIG, INDEX, SINGLE, read_json
-from llm_jepa_jax.checkpoint.hf_layout import Parameter, at, parameters
+from llm_jepa_jax.checkpoint.hf_layout import LAYERS, Parameter, at, parameters
 from llm_jepa_jax.checkpoint.safetensors import Writer
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.models.families.registry import family_of
+from llm_jepa_jax.models.lora import merged_layer
+from llm_jepa_jax.models.ops import adapter_names
+from llm_jepa_jax.models.quantized import Quantized
 from llm_jepa_jax.parallel.sharding import replicated
 
 GENERATION = "generation_config.json"
@@ -43,10 +47,18 @@ class ExportSettings:
     """By name, written as they are."""
 
 
-def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path, settings: ExportSettings) -> int:
+def export(
+    params: Any,
+    config: ModelConfig,
+    mesh: Mesh,
+    directory: pathlib.Path,
+    settings: ExportSettings,
+    exact: Callable[[str], jax.Array] | None = None,
+) -> int:
     """Writes `config.json`, `generation_config.json` and the weights; returns the number of weight files.
 
-    Every process takes part, and the first one writes. One tensor at a time is whole on the devices and on the host.
+    Adapters are added to their weights, which are `exact(path)` where `params` has them quantised. Every process takes
+    part, and the first one writes. One tensor at a time is whole on the devices and on the host.
 
     Raises:
         UserError: no family can say this model, or the directory is not new.
@@ -68,7 +80,7 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: pathlib.Path
         for name, data in settings.tokenizer_files.items():
             (part / name).write_bytes(data)
         _write_configs(part, family.write(config), dtype.name, settings.source)
-    _write_weights(params, wanted, mesh, part, files, dtype)
+    _write_weights(params, wanted, mesh, part, files, dtype, exact)
     if jax.process_index() == 0:
         if directory.exists():
             directory.rmdir()
@@ -94,13 +106,13 @@ def _files(wanted: list[Parameter], width: int, most: int) -> dict[str, dict[str
 
 
 def _write_weights(
-    params: Any, wanted: list[Parameter], mesh: Mesh, part: pathlib.Path, files: Any, dtype: np.dtype
+    params: Any, wanted: list[Parameter], mesh: Mesh, part: pathlib.Path, files: Any, dtype: np.dtype, exact: Any
 ) -> None:
     writes = jax.process_index() == 0
     place = {name: file for file, group in files.items() for name in group}
     writer: Writer | None = None
     for parameter in wanted:
-        for name, array in _tensors(at(params, parameter.path), parameter, mesh):
+        for name, array in _tensors(params, parameter, mesh, exact):
             if not writes:
                 continue
             if writer is None or writer.path.name != place[name]:
@@ -115,17 +127,21 @@ def _write_weights(
         _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": place})
 
 
-def _tensors(leaf: jax.Array, parameter: Parameter, mesh: Mesh) -> Any:
+def _tensors(params: Any, parameter: Parameter, mesh: Mesh, exact: Any) -> Any:
     """The name and the whole array of each tensor of a parameter."""
-    whole = replicated(mesh)
+    whole, leaf = replicated(mesh), at(params, parameter.path)
     if not parameter.num_layers:
         axis = VOCABULARY_AXIS.get(parameter.path, 0)
         cut = jax.jit(lambda x: jax.lax.slice_in_dim(x, 0, parameter.shape[axis], axis=axis), out_shardings=whole)
         yield parameter.name, np.asarray(cut(leaf).addressable_data(0))
         return
-    take = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=whole)
+    path = parameter.path.removeprefix(LAYERS)
+    layers = {name: params["layers"][name] for name in (path, *adapter_names(path)) if name in params["layers"]}
+    if isinstance(leaf, Quantized):
+        layers[path] = exact(parameter.path)
+    take = jax.jit(lambda layers, i: merged_layer(layers, path, i), out_shardings=whole)
     for number, name in enumerate(parameter.names):
-        yield name, np.asarray(take(leaf, number).addressable_data(0))
+        yield name, np.asarray(take(layers, number).addressable_data(0))
 
 
 def _write_configs(part: pathlib.Path, values: dict[str, Any], dtype: str, source: pathlib.Path | None) -> None:

@@ -39,14 +39,15 @@ class Parameter:
         return [self.name.format(layer) for layer in range(self.num_layers)] or [self.name]
 
     @property
-    def _inputs(self) -> int:
+    def num_inputs(self) -> int:
+        """Of a matrix, how many of its axes of ours come first and are published columns; else 0."""
         return NUM_INPUTS.get(self.path.rpartition("/")[2], 0)
 
     @property
     def published_shape(self) -> tuple[int, ...]:
         """The shape of each tensor."""
-        if self._inputs:
-            return math.prod(self.shape[self._inputs :]), math.prod(self.shape[: self._inputs])
+        if self.num_inputs:
+            return math.prod(self.shape[self.num_inputs :]), math.prod(self.shape[: self.num_inputs])
         return self.shape if self.path == "embedding" else (math.prod(self.shape),)
 
     def published_index(self, index: Index) -> Index:
@@ -54,18 +55,18 @@ class Parameter:
         if self.path == "embedding":
             return index
         parts = [(s.indices(size)[:2], size) for s, size in zip(index, self.shape, strict=True)]
-        if self._inputs:
-            return _folded(parts[self._inputs :]), _folded(parts[: self._inputs])
+        if self.num_inputs:
+            return _folded(parts[self.num_inputs :]), _folded(parts[: self.num_inputs])
         return (_folded(parts),)
 
     def from_published(self, array: np.ndarray, index: Index) -> np.ndarray:
         """The part of one layer, from what `published_index` read."""
         shape = tuple(len(range(*s.indices(size))) for s, size in zip(index, self.shape, strict=True))
-        return (array.T if self._inputs else array).reshape(shape)
+        return (array.T if self.num_inputs else array).reshape(shape)
 
     def to_published(self, array: np.ndarray) -> np.ndarray:
         """A whole layer as its tensor."""
-        if self._inputs:
+        if self.num_inputs:
             return array.reshape(self.published_shape[::-1]).T
         return array.reshape(self.published_shape)
 

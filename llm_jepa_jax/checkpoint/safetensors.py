@@ -44,6 +44,13 @@ class StoredTensor:
         mapped = np.memmap(self.path, self.dtype, "r", self.start, self.shape)
         return np.array(mapped[index])
 
+    def sample(self, most: int) -> bytes:
+        """Up to so many bytes from its middle."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        with self.path.open("rb") as file:
+            file.seek(self.start + max(0, size - most) // 2)
+            return file.read(min(most, size))
+
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     """The tensors of a file, by name.

@@ -14,7 +14,16 @@ from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.attention.dense import attend_masked
 from llm_jepa_jax.models.attention.dispatch import attend_rows
 from llm_jepa_jax.models.attention.xla import seen_back
-from llm_jepa_jax.models.ops import ACTIVATIONS, apply_rotary, layer_norm, linear, rms_norm
+from llm_jepa_jax.models.ops import (
+    ACTIVATIONS,
+    Adapter,
+    adapter_names,
+    apply_rotary,
+    layer_norm,
+    linear,
+    rms_norm,
+)
+from llm_jepa_jax.models.quantized import Quantized, Weight
 from llm_jepa_jax.parallel.sharding import constrain
 
 
@@ -71,9 +80,14 @@ class DecoderModule(nn.Module):
 
     config: ModelConfig
     param_dtype: Any
+    dropout: float = dataclasses.field(default=0.0, kw_only=True)
+    """Share of the inputs of adapters that are dropped, where there is a random key `dropout`."""
 
-    def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], depth_scaled: bool = False) -> jax.Array:
-        """A normal weight; `depth_scaled` divides its deviation by sqrt(2 N), for what adds to the residual stream."""
+    def weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], depth_scaled: bool = False) -> Weight:
+        """A normal weight; `depth_scaled` divides its deviation by sqrt(2 N), for what adds to the residual stream.
+        A quantised one comes as it is: it was made elsewhere."""
+        if self.has_variable("params", name) and isinstance(self.get_variable("params", name), Quantized):
+            return self.get_variable("params", name)
         deviation = self.config.init_std * ((2 * self.config.num_layers) ** -0.5 if depth_scaled else 1.0)
         init = nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
         return self.param(name, init, shape, self.param_dtype)
@@ -103,10 +117,23 @@ class DecoderModule(nn.Module):
         depth_scaled: bool = False,
     ) -> jax.Array:
         """A linear layer in the type of `x`, over all axes that `x` has behind [R, L]."""
-        out = linear(x, self.weight(name, shape, axes, depth_scaled).astype(x.dtype))
+        weight = self.weight(name, shape, axes, depth_scaled)
+        weight = weight if isinstance(weight, Quantized) else weight.astype(x.dtype)
+        out = linear(x, weight, self._adapter(name, x))
         if not bias:
             return out
         return out + self.vector(f"{name}_bias", shape[x.ndim - 2 :], "bias", 0.0).astype(x.dtype)
+
+    def _adapter(self, name: str, x: jax.Array) -> Adapter | None:
+        """That of a linear layer, if the parameters have one; dropout where there is a key for it."""
+        names = adapter_names(name)
+        if not self.has_variable("params", names[0]):
+            return None
+        a, b, scale = (self.get_variable("params", part).astype(x.dtype) for part in names)
+        if self.dropout and self.has_rng("dropout"):
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
+        return Adapter(x, a, b, scale)
 
 
 class Block(DecoderModule):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of a decoder as pure functions."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -105,13 +106,36 @@ PRODUCT = "product"
 """Name of every linear layer's output, by which remat policies find it: they do not look inside a `custom_vjp`."""
 
 
-def linear(x: jax.Array, weight: Weight) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A low-rank addition to a linear layer (LoRA, arXiv 2106.09685), in the compute type."""
+
+    x: jax.Array
+    """What it reads: the layer's input, or that after dropout, [R, L, *In]."""
+    a: jax.Array
+    """[*In, r]"""
+    b: jax.Array
+    """[r, *Out]"""
+    scale: jax.Array
+    """Scalar."""
+
+
+def adapter_names(name: str) -> tuple[str, str, str]:
+    """What A, B and the scale of a weight's adapter are called."""
+    return f"{name}_lora_a", f"{name}_lora_b", f"{name}_lora_scale"
+
+
+def linear(x: jax.Array, weight: Weight, adapter: Adapter | None = None) -> jax.Array:
     """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with, named `PRODUCT`; [..., *Out].
 
-    A weight that nobody differentiates by costs no gradient, and nothing is kept for one: not `x`, and of a quantised
-    weight only what it is stored as.
+    With an adapter, scale · x A B is added; W + A B never exists. A weight that nobody differentiates by costs no
+    gradient, and nothing is kept for one: not `x`, and of a quantised weight only what it is stored as.
     """
-    return checkpoint_name(_linear(x, weight), PRODUCT)
+    out = _linear(x, weight)
+    if adapter is not None:
+        inner = checkpoint_name(_linear(adapter.x, adapter.a), PRODUCT)
+        out = out + _linear(inner, adapter.b) * adapter.scale
+    return checkpoint_name(out, PRODUCT)
 
 
 @jax.custom_vjp

@@ -48,7 +48,7 @@ def quantize(array: jax.Array, kind: str, axis: int, tile: int) -> Quantized:
         import qwix  # optional: only quantised weights need it
     except ImportError as error:
         raise UserError(
-            f"config: `lora.base_dtype`={kind} needs the package qwix; pip install 'llm_jepa_jax[lora]', or use bfloat16"
+            f"config: `lora.base_dtype`={kind} needs qwix; `pip install 'llm_jepa_jax[lora]'`, or use bfloat16"
         ) from error
     each = [other for other in range(array.ndim) if other != axis]
     made = qwix.quantize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What functions with derivatives of their own are told with `symbolic_zeros`: which inputs anybody differentiates by."""
+"""What `symbolic_zeros` tells a function with a derivative of its own: which inputs anybody differentiates by."""
 
 from typing import Any
 

@@ -5,9 +5,11 @@ Parameters of a plain Llama: `embedding [V, D]`, `layers/{attention_norm [N, D],
 key, value [N, D, K, h], out [N, H, h, D], mlp_norm [N, D], gate, up [N, D, F], down [N, F, D]}`, `final_norm [D]`, and
 `head [D, V]` unless embeddings are tied. What other models have besides: `X_bias` for a matrix or norm X,
 `attention_post_norm`, `mlp_post_norm [N, D]`, `query_norm`, `key_norm` ([N, h], or [N, H, h] and [N, K, h] over all
-heads), and one `norm [N, D]` in a parallel block.
+heads), and one `norm [N, D]` in a parallel block. Adapters lie beside their weights, and frozen weights may be
+quantised: `models/lora.py`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -26,9 +28,18 @@ REMAT_POLICIES = {
 }
 State = tuple[int, bool]
 """A hidden state: its layer (0: the embeddings, i: what block i gives), and whether the final norm is applied to it."""
+
 UNROLLED_LAYERS = 8
 """Up to this many layers are compiled one after the other, unless remat wants the loop: a loop copies what the backward
 pass needs of every layer into one array and back, 1.1 times the step on CPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Of the inputs of adapters."""
+
+    share: float
+    key: jax.Array
 
 
 class Decoder(DecoderModule):
@@ -94,12 +105,12 @@ class Decoder(DecoderModule):
         return nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.config.num_layers,
             unroll=self.config.num_layers if self._unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(*self._fields(inner), name="layers")
+        )(*self._fields(inner), dropout=self.dropout, name="layers")
 
     def _block(self, inner: tuple[int, ...]) -> Any:
         """One block as a function of its parameters, the carry, and (rotary tables, layout, nothing)."""
@@ -153,6 +164,7 @@ def forward_states(
     attention: str = "xla",
     longest_segment: int = 0,
     layer_sums: Any = None,
+    dropout: Dropout | None = None,
 ) -> tuple[jax.Array, ...]:
     """The hidden states asked for, each [R, L, D] in the compute type ([R, T, D] with branches; see `batch.Batch`).
 
@@ -160,14 +172,16 @@ def forward_states(
     segment. States at padding (segment 0) mean nothing. `attention` is a back end that fits the shapes and the
     devices; `xla` fits all, and is what evaluation uses, whose sequences come in every length. `longest_segment`,
     where it is known, is a promise that saves work: no segment has more tokens. With `layer_sums`, gradients by the
-    layers are added to them in the backward pass (see `adding.run_adding`).
+    layers are added to them in the backward pass (see `adding.run_adding`). `dropout` is that of adapters.
     """
     decoder = Decoder(
         config, jnp.float32,
         dtype=dtype, remat=remat, attention=attention, longest_segment=longest_segment, states=states,
+        dropout=dropout.share if dropout else 0.0,
     )  # fmt: skip
     layout = Layout(segments_RxL, branch_end_RxP)
-    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, layout, layer_sums=layer_sums)[0]
+    keys = {"dropout": dropout.key} if dropout else {}
+    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, layout, layer_sums=layer_sums, rngs=keys)[0]
 
 
 def forward(

@@ -3,8 +3,8 @@
 
 While the logits of a chunk of targets exist, its loss and its gradients are computed from them. So a chunk costs three
 products (logits, and the gradients of hidden states and head; two where the head is not trained), where a backward
-pass that recomputes costs four, and the largest array is [chunk, vocabulary]. Chunks without a target are not visited: the work follows the targets, not
-the slots.
+pass that recomputes costs four, and the largest array is [chunk, vocabulary]. Chunks without a target are not visited:
+the work follows the targets, not the slots.
 """
 
 import dataclasses
