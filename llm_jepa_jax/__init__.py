@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def load(directory: str | pathlib.Path, adapter: str | pathlib.Path | None = None) -> "LanguageModel":
-    """Opens a run or a published model, with a PEFT adapter if one is named: see `llm_jepa_jax.api.load`. JAX is imported here, not with the package."""
+    """Opens a run or a published model: see `llm_jepa_jax.api.load`. JAX is imported here, not with the package."""
     from llm_jepa_jax.api import load as load_run
 
     return load_run(directory, adapter)

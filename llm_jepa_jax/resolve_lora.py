@@ -51,6 +51,8 @@ def check_lora(config: Config, mesh_shape: tuple[int, int, int]) -> None:
     adapter_targets(lora, config.model)
     if not lora.is_quantized and lora.tile_size != default.tile_size:
         _fail("tile_size", lora.tile_size, "has no effect unless `lora.base_dtype` is int8 or nf4; leave it out")
+    if lora.base_dtype == "nf4" and (lora.tile_size % 2 or lora.tile_size < 4):
+        _fail("tile_size", lora.tile_size, "is odd or below 4, and `lora.base_dtype`=nf4 puts two weights in a byte")
     if lora.is_quantized:
         _check_tiles(lora.tile_size, config.model, mesh_shape)
 

@@ -145,8 +145,9 @@ def test_codes_are_qwix_ones_and_their_error_is_bounded():
     array = jax.random.normal(jax.random.key(0), (3, 128, 4, 16))
     for kind, step in (("int8", 0.5), ("nf4", 0.1519)):
         made = quantize(array, kind, 1, 32)
-        theirs = qwix.QArray(made.codes, made.scale.astype(jnp.float32), None, kind if kind == "nf4" else jnp.int8)
-        np.testing.assert_array_equal(whole(made, jnp.float32), qwix.dequantize(theirs))
+        qtype = kind if kind == "nf4" else jnp.int8
+        theirs = qwix.quantize(array, qtype, channelwise_axes=(0, 2, 3), tiled_axes={1: 32}, scale_dtype=jnp.bfloat16)
+        np.testing.assert_array_equal(whole(made, jnp.float32), qwix.dequantize(theirs.astype(jnp.float32)))
         scale = np.repeat(np.asarray(made.scale, np.float32), 32, axis=1)
         wrong = np.abs(np.asarray(whole(made, jnp.float32)) - array)
         assert (wrong <= step * scale + 2**-8 * np.abs(array)).all()  # half a gap, and the rounding of the scale
@@ -155,18 +156,24 @@ def test_codes_are_qwix_ones_and_their_error_is_bounded():
         np.testing.assert_array_equal(whole(few, jnp.float32), whole(made, jnp.float32)[:1])
 
 
-def stored_bytes(tree):
-    """Of a tree's leaves, 4-bit codes as two a byte."""
-    return sum(x.size * (0.5 if x.dtype == jnp.uint4 else x.dtype.itemsize) for x in jax.tree.leaves(tree))
-
-
 def test_a_quantised_base_takes_a_quarter_and_an_eighth():
-    config = freeze({"model": {"embed_dim": 512, "head_dim": 64, "num_heads": 8, "vocab_size": 32, "mlp_dim": 1024}})
+    config = freeze(
+        {
+            "model": {
+                "embed_dim": 512,
+                "head_dim": 64,
+                "num_heads": 8,
+                "num_kv_heads": 4,
+                "vocab_size": 32,
+                "mlp_dim": 1024,
+            }
+        }
+    )
     sizes = {}
     for kind in ("float32", "int8", "nf4"):
         changed = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=8, base_dtype=kind))
         shapes, axes = abstract_frozen(changed)
-        sizes[kind] = stored_bytes(shapes["layers"])
+        sizes[kind] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes["layers"]))
         chex.assert_trees_all_equal_structs(shapes, jax.tree.map(lambda *_: 0, shapes))
         assert jax.tree.structure(shapes) == jax.tree.structure(
             axes, is_leaf=lambda x: isinstance(x, tuple) and not isinstance(x, Quantized)
@@ -225,6 +232,7 @@ SMOKE = "--config=configs/tiny.py:smoke"
         (["lora.rank=4", "lora.base_dtype=int4"], "use one of , float32, bfloat16, int8, nf4"),
         (["lora.rank=4", "lora.tile_size=32"], "has no effect unless `lora.base_dtype` is int8 or nf4"),
         (["lora.rank=4", "lora.base_dtype=nf4"], "`lora.tile_size`=64 does not divide `model.head_dim`=16; use a"),
+        (["lora.rank=4", "lora.base_dtype=nf4", "lora.tile_size=2"], "is odd or below 4"),
         (["lora.adapter=/nowhere"], "needs its base; set `init.checkpoint`"),
     ],
 )

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import llm_jepa_jax as lj
-from llm_jepa_jax.config import InitConfig
+from llm_jepa_jax.config import InitConfig, MeshConfig
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.lora_config import LoraConfig
+from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.run_directory import export_adapter
 from llm_jepa_jax.train.state import state_factory
@@ -38,21 +39,22 @@ def base_of(directory):
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32", attn_implementation="eager")
 
 
-def trained(directory, lora, vocab_size=0, steps=1):
+def trained(directory, lora, vocab_size=0, steps=1, mesh=None):
     """A model with adapters after some steps."""
     lm = lj.load(directory)
+    mesh = mesh or lm.run.mesh
     config = dataclasses.replace(
         lm.run.config, lora=lora, opt=dataclasses.replace(lm.run.config.opt, learning_rate=0.02),
         init=InitConfig(str(directory), new_rows="normal"),
     )  # fmt: skip
     if vocab_size:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    factory = state_factory(resolve(config, lm.run.mesh.devices.shape), lm.run.mesh, steps)
+    factory = state_factory(resolve(config, mesh.devices.shape), mesh, steps)
     state, step = factory.create(), make_train_step(factory, steps)
     for _ in range(steps):
-        state, metrics = step(state, one_batch(lm.run.mesh.size, lm.run.mesh))
+        state, metrics = step(state, one_batch(mesh.size, mesh))
     assert np.isfinite(float(metrics["last"]["total_loss"]))
-    return dataclasses.replace(lm, run=dataclasses.replace(lm.run, config=config, params=state.whole))
+    return dataclasses.replace(lm, run=dataclasses.replace(lm.run, config=config, mesh=mesh, params=state.whole))
 
 
 def assert_equal_logits(lm, model, different_from=None):
@@ -97,7 +99,8 @@ def test_a_random_adapter_of_peft_loads_here(case, tmp_path, rslora):
 def test_merging_takes_the_exact_base(case, tmp_path, kind):
     """A quantised run's merged export is the published weights plus what the adapters add."""
     _, directory = case
-    lm = trained(directory, LoraConfig(rank=4, base_dtype=kind, tile_size=2))
+    mesh = make_mesh(MeshConfig())
+    lm = trained(directory, LoraConfig(rank=4, base_dtype=kind, tile_size=8), mesh=mesh)
     lm.save_hf(tmp_path / "merged")
     lm.save_adapter(tmp_path / "adapter")
     exact = lj.load(directory, adapter=tmp_path / "adapter")

@@ -132,9 +132,9 @@ def initial_parameters(key: jax.Array, config: Config, start: Initial, mesh: Mes
     params = {} if isinstance(start.source, HfCheckpoint) else _of_run(config, start, mesh)
     if config.lora.rank:
         params |= _adapters(key, config, start, mesh)
-    elif isinstance(start.source, HfCheckpoint):
-        params = read_parameters(start.source, mesh, config.train.param_dtype, config.model.vocab_size)
-    if not config.lora.rank:
+    else:
+        if isinstance(start.source, HfCheckpoint):
+            params = read_parameters(start.source, mesh, config.train.param_dtype, config.model.vocab_size)
         params = with_rows(key, params, config, start)
     fresh = set(shapes.get("predictors", {})) - set(params.get("predictors", {}))
     with jax.set_mesh(mesh):

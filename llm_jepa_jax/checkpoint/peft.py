@@ -203,8 +203,9 @@ def write_adapter(params: Any, config: Config, mesh: Mesh, directory: pathlib.Pa
         (part / SETTINGS).write_text(json.dumps(_settings(config, base, weights), indent=2) + "\n")
         writer = Writer(part / WEIGHTS, shapes, np.dtype(np.float32))
     whole = jax.jit(lambda array: array.astype(jnp.float32), out_shardings=replicated(mesh))
+    one = jax.jit(lambda arrays, i: jax.lax.dynamic_index_in_dim(arrays, i, keepdims=False))
     for tensor, (name, layer) in sources.items():
-        leaf = params[name] if layer is None else params["layers"][name][layer]
+        leaf = params[name] if layer is None else one(params["layers"][name], layer)
         array = np.asarray(whole(leaf).addressable_data(0))
         if writes:
             writer.add(tensor, array if name == "embedding" else array.reshape(shapes[tensor][::-1]).T)

@@ -8,7 +8,6 @@ temporary memory and 5 times the estimated time of the selections below (a 1,024
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,9 +29,10 @@ class Quantized:
     """A weight of some shape. Trees of its logical axes and shardings have one of these too, of equal entries."""
 
     codes: Any
-    """int8, or uint4 for nf4: the shape of the weight."""
+    """int8, of the weight's shape; or uint8, two nf4 codes a byte, half as long along the tiled axis: the low half of a
+    byte belongs to the first half of a tile."""
     scale: Any
-    """bfloat16: that shape, with each tile of one axis reduced to one entry."""
+    """bfloat16: the weight's shape, with each tile of one axis reduced to one entry."""
 
 
 Weight = jax.Array | Quantized
@@ -55,32 +55,38 @@ def quantize(array: jax.Array, kind: str, axis: int, tile: int) -> Quantized:
         array.astype(jnp.float32), kind if kind == "nf4" else jnp.int8, channelwise_axes=each, tiled_axes={axis: tile},
         scale_dtype=SCALE_DTYPE,
     )  # fmt: skip
-    return Quantized(made.qvalue, made.scale)
+    return Quantized(_packed(made.qvalue, axis, tile) if kind == "nf4" else made.qvalue, made.scale)
+
+
+def _packed(codes: jax.Array, axis: int, tile: int) -> jax.Array:
+    """Two 4-bit codes a byte. JAX has arrays of uint4, but its compiled functions refuse them as arguments (0.10.2)."""
+    before, size, behind = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
+    halves = codes.astype(jnp.uint8).reshape(*before, size // tile, 2, tile // 2, *behind)
+    low, high = (jax.lax.index_in_dim(halves, half, axis + 1, keepdims=False) for half in (0, 1))
+    return (low | high << 4).reshape(*before, size // 2, *behind)
 
 
 def whole(weight: Weight, dtype: Any) -> jax.Array:
     """A weight as an array of this type; products of codes and scales are float32 before that."""
     if not isinstance(weight, Quantized):
         return weight.astype(dtype)
-    values = _nf4(weight.codes) if weight.codes.dtype == jnp.uint4 else weight.codes.astype(jnp.float32)
-    tiled, once = _tiled_shapes(weight.codes.shape, weight.scale.shape)
-    product = values.reshape(tiled) * weight.scale.astype(jnp.float32).reshape(once)
-    return product.reshape(weight.codes.shape).astype(dtype)
+    codes, scale = weight.codes, weight.scale.astype(jnp.float32)
+    axis = next((i for i, sizes in enumerate(zip(codes.shape, scale.shape, strict=True)) if len(set(sizes)) > 1), 0)
+    before, tiles, behind = scale.shape[:axis], scale.shape[axis], scale.shape[axis + 1 :]
+    split = codes.reshape(*before, tiles, codes.shape[axis] // tiles, *behind)
+    if codes.dtype == jnp.uint8:
+        split = split.astype(jnp.int32)
+        values = _nf4(jnp.concatenate([split & 15, split >> 4], axis=axis + 1))
+    else:
+        values = split.astype(jnp.float32)
+    product = values * jnp.expand_dims(scale, axis + 1)
+    return product.reshape(*before, tiles * values.shape[axis + 1], *behind).astype(dtype)
 
 
 def _nf4(codes: jax.Array) -> jax.Array:
     """The table's entries, chosen by one bit of the codes after the other."""
-    codes, chosen = codes.astype(jnp.int32), [jnp.float32(value) for value in NF4]
+    chosen = [jnp.float32(value) for value in NF4]
     for bit in range(4):
         is_set = (codes >> bit) & 1 == 1
         chosen = [jnp.where(is_set, high, low) for low, high in zip(chosen[::2], chosen[1::2], strict=True)]
     return chosen[0]
-
-
-def _tiled_shapes(codes: Sequence[int], scale: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Both shapes with the tiled axis as two, so that they broadcast."""
-    tiled, once = [], []
-    for size, tiles in zip(codes, scale, strict=True):
-        tiled += [size] if size == tiles else [tiles, size // tiles]
-        once += [size] if size == tiles else [tiles, 1]
-    return tiled, once
