@@ -181,15 +181,16 @@ def test_a_quantised_base_takes_a_quarter_and_an_eighth():
 
 
 WIDE = {
-    "vocab_size": 256, "embed_dim": 128, "num_layers": 9, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64,
+    "vocab_size": 256, "embed_dim": 128, "num_heads": 2, "num_kv_heads": 2, "head_dim": 64,
     "mlp_dim": 512,
 }  # fmt: skip
 
 
-def compiled_gradients(lora, remat, compute):
-    """The compiled gradients of a wider model, and the size of its weights."""
-    values = {"model": WIDE, "data": {"row_length": 128, "rows_per_step": 4}, "lora": lora}
-    config = freeze(values | {"train": {"remat": remat, "dtype": compute}})
+def compiled_gradients(lora, remat, layers=9):
+    """The compiled gradients of a wider model."""
+    model = WIDE | {"num_layers": layers}
+    values = {"model": model, "data": {"row_length": 128, "rows_per_step": 4}, "lora": lora}
+    config = freeze(values | {"train": {"remat": remat}})
     params = jax.eval_shape(lambda: init_parameters(jax.random.key(0), config))
     run = jax.jit(lambda p, f, b: gradients(p, b, config, frozen=f)[1])
     return run.lower(params, abstract_frozen(config)[0], abstract_batch(4, RowShape(128, 128, 2))).compile()
@@ -198,22 +199,25 @@ def compiled_gradients(lora, remat, compute):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_base_has_no_gradient(remat):
     """Two thirds of the work are left, or three quarters with recomputation, and no array as large as the weights."""
-    whole_model = compiled_gradients({}, remat, "float32")
-    adapters = compiled_gradients({"rank": 1}, remat, "float32")
+    whole_model, adapters = compiled_gradients({}, remat), compiled_gradients({"rank": 1}, remat)
     flops = [compiled.cost_analysis()["flops"] for compiled in (adapters, whole_model)]
     assert flops[0] / flops[1] < (0.78 if remat == "none" else 0.85)
-    assert adapters.memory_analysis().output_size_in_bytes < 0.1 * whole_model.memory_analysis().output_size_in_bytes
-    assert adapters.memory_analysis().temp_size_in_bytes < whole_model.memory_analysis().temp_size_in_bytes
+    memory = [compiled.memory_analysis() for compiled in (adapters, whole_model)]
+    assert memory[0].output_size_in_bytes < 0.1 * memory[1].output_size_in_bytes
+    used = [m.temp_size_in_bytes + m.output_size_in_bytes for m in memory]
+    assert used[0] < used[1] - 0.5 * memory[1].output_size_in_bytes
 
 
 def test_a_quantised_base_is_read_layer_by_layer():
-    """Without recomputation of anything else, the backward pass still keeps no layer's weights in full."""
-    kept = [
-        compiled_gradients({"rank": 1, "base_dtype": kind}, "none", "float32").memory_analysis().temp_size_in_bytes
-        for kind in ("nf4", "float32")
-    ]
+    """Without recomputation of anything else, the backward pass still keeps no layer's weights in full: a further layer
+    takes no more memory than beside an exact base."""
+    more = []
+    for kind in ("nf4", "float32"):
+        lora = {"rank": 1, "base_dtype": kind}
+        few, many = (compiled_gradients(lora, "none", layers).memory_analysis() for layers in (9, 12))
+        more.append((many.temp_size_in_bytes - few.temp_size_in_bytes) / 3)
     a_layer = 4 * (4 * 128 * 128 + 3 * 128 * 512)
-    assert kept[0] < kept[1] + 2 * a_layer, kept
+    assert more[0] < more[1] + 0.1 * a_layer, more
 
 
 SMOKE = "--config=configs/tiny.py:smoke"
