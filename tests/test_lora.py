@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import sys
 
 import chex
 import jax
@@ -12,8 +13,9 @@ import pytest
 
 import llm_jepa_jax as lj
 from llm_jepa_jax.batch import RowShape, abstract_batch
-from llm_jepa_jax.config import freeze
+from llm_jepa_jax.config import ModelConfig, freeze
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.flops import model_flops
 from llm_jepa_jax.main import run
 from llm_jepa_jax.models.lora import abstract_frozen, frozen_from, init_adapters, joined
 from llm_jepa_jax.models.quantized import Quantized, quantize, whole
@@ -153,6 +155,17 @@ def test_codes_are_qwix_ones_and_their_error_is_bounded():
         assert 0.3 * step < (wrong / scale).max()
         few = dataclasses.replace(made, codes=made.codes[:1], scale=made.scale[:1])
         np.testing.assert_array_equal(whole(few, jnp.float32), whole(made, jnp.float32)[:1])
+
+
+def test_codes_need_qwix(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(UserError, match=r"`lora.base_dtype`=nf4 needs qwix; `pip install 'llm_jepa_jax\[lora\]'`"):
+        quantize(jnp.ones((4, 4)), "nf4", 0, 4)
+
+
+def test_frozen_weights_take_two_thirds_of_the_arithmetic():
+    model = ModelConfig(vocab_size=100)
+    assert model_flops(model, 10, 10, 0, frozen=True) == pytest.approx(model_flops(model, 10, 10, 0) * 2 / 3)
 
 
 def test_a_quantised_base_takes_a_quarter_and_an_eighth():
