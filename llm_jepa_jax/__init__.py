@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(directory: str | pathlib.Path) -> "LanguageModel":
-    """Opens a run directory: see `llm_jepa_jax.api.load`. JAX is imported here, not with the package."""
+def load(directory: str | pathlib.Path, adapter: str | pathlib.Path | None = None) -> "LanguageModel":
+    """Opens a run or a published model: see `llm_jepa_jax.api.load`. JAX is imported here, not with the package."""
     from llm_jepa_jax.api import load as load_run
 
-    return load_run(directory)
+    return load_run(directory, adapter)

@@ -18,7 +18,7 @@ from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
 from llm_jepa_jax.eval.generate import Generator, Vocabulary
 from llm_jepa_jax.models.transformer import head_kernel
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
-from llm_jepa_jax.run_directory import Run, export_run, open_published, open_run
+from llm_jepa_jax.run_directory import Run, export_adapter, export_run, open_published, open_run
 from llm_jepa_jax.text.chat import VIEW_ROLES, Message, render_prompt
 from llm_jepa_jax.text.checkpoint_files import configured_ids
 from llm_jepa_jax.text.tokenizer import Tokenizer
@@ -144,7 +144,7 @@ class LanguageModel:
         predictor_rows: str = "keep",
     ) -> None:
         """Writes a directory that `transformers` and vLLM read: weights, `config.json`, tokenizer, generation
-        settings and a model card.
+        settings and a model card. Adapters are merged.
 
         `dtype` is that of the weights (default: as they are), a file of several tensors holds up to `shard_bytes`, and
         `predictor_rows="drop"` leaves out the rows of predictor tokens that the checkpoint did not have.
@@ -154,14 +154,27 @@ class LanguageModel:
         """
         export_run(self.run, new_place(directory), ExportSettings(dtype, shard_bytes), predictor_rows)
 
+    def save_adapter(self, directory: str | pathlib.Path) -> None:
+        """Writes the adapters alone, as a directory that `peft` loads beside the base.
 
-def load(directory: str | pathlib.Path) -> LanguageModel:
+        Raises:
+            UserError: there are none, their base is no published model, or the directory is not new.
+        """
+        export_adapter(self.run, new_place(directory))
+
+
+def load(directory: str | pathlib.Path, adapter: str | pathlib.Path | None = None) -> LanguageModel:
     """Opens a run's directory, or that of a published model (`config.json` and safetensors), or a model of the hub.
 
-    Directories may lie in a store (`gs://BUCKET/DIR`, also `s3://`, `az://`, `hf://`).
+    Directories may lie in a store (`gs://BUCKET/DIR`, also `s3://`, `az://`, `hf://`). `adapter` is the directory of
+    a PEFT adapter to a published model.
 
     Raises:
-        UserError: it is neither, a file is missing or damaged, or the model is not supported.
+        UserError: it is neither, a file is missing or damaged, or the model or the adapter is not supported.
     """
     found = place(str(directory))
-    return LanguageModel(open_published(found) if is_published(found) else open_run(found))
+    if is_published(found):
+        return LanguageModel(open_published(found, on_this_machine(place(str(adapter))) if adapter else None))
+    if adapter:
+        raise UserError(f"{found}: is no published model; adapter={adapter} lies beside one")
+    return LanguageModel(open_run(found))

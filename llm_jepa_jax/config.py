@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from llm_jepa_jax.lora_config import LoraConfig
 from llm_jepa_jax.objective_config import ObjectiveConfig
 from llm_jepa_jax.schema import describe_section, freeze_section, key, section
 
@@ -94,6 +95,7 @@ class InitConfig:
         "how rows of tokens that the checkpoint does not have start: `mean` of its rows; `normal` (`model.init_std`)",
         choices=("mean", "normal"),
     )
+    step: int = key(0, "which checkpoint of a run; 0: its newest", "step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +297,7 @@ class Config:
     data: DataConfig = section(DataConfig, "records, rows and batches")
     init: InitConfig = section(InitConfig, "where weights start from")
     model: ModelConfig = section(ModelConfig, "decoder (standard names)")
+    lora: LoraConfig = section(LoraConfig, "adapters that are trained in place of the weights")
     objective: ObjectiveConfig = section(ObjectiveConfig, "losses")
     mesh: MeshConfig = section(MeshConfig, "devices")
     opt: OptConfig = section(OptConfig, "optimizer")

@@ -19,10 +19,12 @@ from llm_jepa_jax.huge_pages import use_huge_pages
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 MODES = ("train", "eval", "generate", "export", "verify", "inspect")
+FORMATS = ("merged", "peft")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
 FLAGS_OF_MODES = {
     "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify"), "against": ("verify",),
     "max_positions": ("verify",), "dtype": ("export",), "shard_bytes": ("export",), "predictor_rows": ("export",),
+    "format": ("export",),
 }  # fmt: skip
 """Flags that not every mode takes."""
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -49,6 +51,9 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     )  # fmt: skip
     flags.DEFINE_string("against", "", "verify: the other model, a run's or a published directory", flag_values=values)
     flags.DEFINE_integer("max_positions", 10240, "verify: tokens of the longest sequence", flag_values=values)
+    flags.DEFINE_enum(
+        "format", "merged", FORMATS, "export: the whole model, or a run's adapters for PEFT", flag_values=values
+    )
     flags.DEFINE_integer("rows", 3, "inspect: how many rows to show", lower_bound=1, flag_values=values)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several run as one", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many run as one", lower_bound=1, flag_values=values)
@@ -159,7 +164,7 @@ def _run_mode(values: flags.FlagValues) -> dict[str, object]:
         return modes.generate(values.config, workdir, values.prompt or [line.rstrip("\n") for line in sys.stdin])
     if values.mode == "export":
         settings = ExportSettings(values.dtype, values.shard_bytes)
-        return publish.export(values.config, workdir, values.out, settings, values.predictor_rows)
+        return publish.export(values.config, workdir, values.out, settings, values.predictor_rows, values.format)
     return modes.inspect(values.config, workdir, values.rows)
 
 

@@ -15,8 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from llm_jepa_jax.checkpoint.frozen import with_step
 from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.initial import Initial, initial_tokenizer, open_initial, with_initial
+from llm_jepa_jax.checkpoint.peft import with_adapter
 from llm_jepa_jax.checkpoint.places import is_url
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
@@ -67,8 +69,12 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(config.train.compile_cache).expanduser()))
     mesh = make_mesh(config.mesh)
     config = dataclasses.replace(config, init=_absolute(config.init))
+    if config.lora.adapter:
+        path = pathlib.Path(config.lora.adapter).expanduser().absolute()
+        config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, adapter=str(path)))
     start = open_initial(config)
-    config = resolve(with_initial(config, start), mesh.devices.shape)
+    config = with_initial(config, start)
+    config = resolve(with_step(with_adapter(config, config.model), start), mesh.devices.shape)
     config = dataclasses.replace(config, data=absolute_paths(config.data))
     if config.eval.databases:
         databases = str(pathlib.Path(config.eval.databases).expanduser().absolute())
@@ -125,9 +131,9 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     result = run_training(factory, data, workdir, phases, job.evaluate(workdir, phases, data.num_steps))
     if not result.stopped_early and config.log.report:
         with phases.phase("report"):
-            pairs = _embed_pairs(job, result.state.params)
+            pairs = _embed_pairs(job, result.state.whole)
             del result.state
-            initial = _embed_pairs(job, factory.create().params)
+            initial = _embed_pairs(job, factory.create().whole)
             if jax.process_index() == 0:
                 from llm_jepa_jax.analysis.report import write_report  # a second of imports, wanted only at the end
 

@@ -16,6 +16,7 @@ from llm_jepa_jax.objective_config import (
     StpConfig,
     VectorsConfig,
 )
+from llm_jepa_jax.resolve_lora import check_lora
 
 TERMS = tuple(f.name for f in dataclasses.fields(ObjectiveConfig) if f.metadata.get("section"))
 """Sections of the objectives."""
@@ -61,6 +62,7 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     "seed",
+    "init.step",
     "data.target_slots",
     "data.pair_slots",
     "data.row_buckets",
@@ -128,6 +130,7 @@ def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
     _check_train(config, mesh_shape)
     _check_model(config, mesh_shape)
     _check_attention(config, config.data.row_length)
+    check_lora(config, mesh_shape)
     return config
 
 

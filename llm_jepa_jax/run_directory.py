@@ -2,6 +2,7 @@
 """The directory of a run: claimed by training, opened by everything else."""
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -15,16 +16,21 @@ from jax.sharding import Mesh
 from llm_jepa_jax.analysis.model_card import CardFacts, card_files
 from llm_jepa_jax.checkpoint.companions import companions, kept_rows
 from llm_jepa_jax.checkpoint.export_settings import PREDICTOR_ROWS, ExportSettings
-from llm_jepa_jax.checkpoint.hf_directory import is_published, open_directory
+from llm_jepa_jax.checkpoint.frozen import exact_weight, fingerprint, frozen_parameters
+from llm_jepa_jax.checkpoint.hf_directory import HfCheckpoint, is_published, open_directory
 from llm_jepa_jax.checkpoint.hf_export import export
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
 from llm_jepa_jax.checkpoint.hub import cached_directory
+from llm_jepa_jax.checkpoint.initial import open_initial
 from llm_jepa_jax.checkpoint.manager import restore_params
+from llm_jepa_jax.checkpoint.peft import open_adapter, read_adapter, with_adapter, write_adapter
 from llm_jepa_jax.checkpoint.places import Place, absolute, is_url, on_this_machine, place
 from llm_jepa_jax.config import Config, DataConfig, InitConfig, MeshConfig, TrainConfig, freeze, to_dict
 from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
+from llm_jepa_jax.lora_config import LoraConfig
+from llm_jepa_jax.models.lora import joined
 from llm_jepa_jax.objective_config import JepaConfig, ObjectiveConfig
 from llm_jepa_jax.objectives.parameters import abstract_parameters
 from llm_jepa_jax.parallel.mesh import make_mesh
@@ -89,18 +95,18 @@ def check_directory(workdir: pathlib.Path, config: Config, splits: Splits) -> No
     if not os.access(workdir, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir}: cannot write there: no permission; name another directory")
     if (workdir / "config.json").exists():
-        _check_same_run(workdir, config, _facts(splits))
+        _check_same_run(workdir, config, _facts(config, splits))
 
 
 def claim(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, splits: Splits) -> None:
     """Writes what makes a checked directory this run's: once its data are known to be good."""
     if jax.process_index() == 0:
         tokenizer.save(workdir)
-        _write(workdir / "run.json", json.dumps(_facts(splits), indent=2))
+        _write(workdir / "run.json", json.dumps(_facts(config, splits), indent=2))
         _write(workdir / "config.json", json.dumps(to_dict(config), indent=2))
 
 
-def _facts(splits: Splits) -> dict[str, str | int]:
+def _facts(config: Config, splits: Splits) -> dict[str, str | int]:
     records = (splits.eval[i] for i in range(len(splits.eval)))
     first = next((record.messages[0] for record in records if record.messages), None)
     return {
@@ -109,7 +115,7 @@ def _facts(splits: Splits) -> dict[str, str | int]:
         "eval_records": len(splits.eval),
         "train_hash": splits.train.content_hash,
         "eval_hash": splits.eval.content_hash,
-    }
+    } | ({"base": fingerprint(config)} if config.lora.rank else {})
 
 
 def _write(path: pathlib.Path, text: str) -> None:
@@ -122,6 +128,8 @@ def _check_same_run(workdir: pathlib.Path, config: Config, facts: dict[str, str 
     before = flatten(load_json(workdir / "config.json").to_dict())
     for key, value in flatten(to_dict(config)).items():
         fixed = not any(key == name or key.startswith(name + ".") for name in RESUMABLE)
+        if key == "init.checkpoint" and facts.get("base"):
+            continue  # the same weights may lie elsewhere
         if fixed and before[key] != value:
             raise UserError(
                 f"{workdir}: holds a run with `{key}`={before[key]!r}, not {value!r}; "
@@ -134,6 +142,21 @@ def _check_same_run(workdir: pathlib.Path, config: Config, facts: dict[str, str 
                 f"{workdir}: the records of `{key}` are not those the run began with; "
                 "bring the old file back, or take another --workdir"
             )
+    _check_base(workdir, config, saved, facts.get("base"))
+
+
+def _check_base(workdir: pathlib.Path, config: Config, saved: dict[str, str], base: str | None) -> None:
+    if saved.get("base") != base:
+        raise UserError(
+            f"{workdir}: its adapters were trained beside other weights than those of `init.checkpoint`="
+            f"{config.init.checkpoint}; set --config.init.checkpoint to where they lie"
+        )
+
+
+def abstract_trained(config: Config, mesh: Mesh) -> Any:
+    """What a run trains, as `jax.ShapeDtypeStruct`s with their shardings."""
+    shapes, axes = abstract_parameters(config)
+    return placed(shapes, parameter_shardings(mesh, axes))
 
 
 def open_run(workdir: Place, config: Config | None = None) -> Run:
@@ -150,24 +173,42 @@ def open_run(workdir: Place, config: Config | None = None) -> Run:
         raise UserError(f"{workdir}: has no {MODEL_FILE} and no {CHECKPOINT_DIRECTORY}/; a run directory holds one")
     saved = freeze(load_json(workdir / "config.json"))
     config = config or saved
+    config = dataclasses.replace(config, lora=saved.lora)  # settled only there
+    if config.lora.rank:
+        init = dataclasses.replace(saved.init, checkpoint=config.init.checkpoint or saved.init.checkpoint)
+        config = dataclasses.replace(config, init=init, seed=saved.seed)
     mesh = make_mesh(config.mesh)
     model = padded(saved.model, mesh.shape["tensor"])  # its vocabulary size is known only there
     config = dataclasses.replace(config, model=model)
     config = resolve(config, mesh.devices.shape)
-    shapes, axes = abstract_parameters(config)
-    abstract = placed(shapes, parameter_shardings(mesh, axes))
-    step, params = restore_params(workdir / "checkpoints", abstract)
+    abstract = abstract_trained(config, mesh)
     facts = json.loads((workdir / "run.json").read_text())
+    if config.lora.rank:
+        _check_base(workdir, config, facts, _base_of(workdir, config))
+    step, params = restore_params(workdir / "checkpoints", abstract)
+    if config.lora.rank:
+        params = joined(params, frozen_parameters(config, mesh))
     return Run(config, mesh, tokenizer, step, params, facts["system"], workdir)
 
 
-def open_published(directory: Place) -> Run:
-    """Opens the directory of a published model on all devices, with what they share of its width.
+def _base_of(workdir: Place, config: Config) -> str:
+    try:
+        return fingerprint(config)
+    except UserError as error:
+        raise UserError(
+            f"{workdir}: its adapters need the weights that they were trained beside; set --config.init.checkpoint to "
+            f"where they lie now ({error})"
+        ) from error
+
+
+def open_published(directory: Place, adapter: pathlib.Path | None = None) -> Run:
+    """Opens the directory of a published model on all devices, with what they share of its width, and with a PEFT
+    adapter if one is named.
 
     Its weights keep their type where it is bfloat16, and are computed with in float32.
 
     Raises:
-        UserError: a file is missing or damaged, or the model is not supported.
+        UserError: a file is missing or damaged, or the model or the adapter is not supported.
     """
     checkpoint = open_directory(directory)
     mesh = make_mesh(MeshConfig(fsdp=math.gcd(checkpoint.model.embed_dim, jax.device_count())))
@@ -186,8 +227,16 @@ def open_published(directory: Place) -> Run:
         model=checkpoint.model,
         train=TrainConfig(param_dtype=checkpoint.dtype),
     )
+    if adapter:
+        train = TrainConfig(param_dtype="float32")
+        lora = LoraConfig(adapter=str(adapter.absolute()), base_dtype=checkpoint.dtype)
+        config = with_adapter(dataclasses.replace(config, lora=lora, train=train), checkpoint.model)
     config = resolve(config, mesh.devices.shape)
-    params = read_parameters(checkpoint, mesh, checkpoint.dtype, checkpoint.model.padded_vocab_size)
+    if adapter:
+        trained = read_adapter(open_adapter(adapter, checkpoint.model), abstract_trained(config, mesh))
+        params = joined(trained, frozen_parameters(config, mesh))
+    else:
+        params = read_parameters(checkpoint, mesh, checkpoint.dtype, checkpoint.model.padded_vocab_size)
     return Run(config, mesh, tokenizer, 0, params, "")
 
 
@@ -216,4 +265,30 @@ def export_run(run: Run, directory: Place, settings: ExportSettings, predictor_r
         settings, num_tokens=rows, token_ids=beside.token_ids, files=beside.files | card
     )  # fmt: skip
     params = {name: value for name, value in run.params.items() if name != "predictors"}
-    return export(params, config.model, run.mesh, directory, settings)
+    exact = functools.partial(exact_weight, config, run.mesh)
+    return export(params, config.model, run.mesh, directory, settings, exact)
+
+
+def export_adapter(run: Run, directory: Place) -> int:
+    """Writes a run's adapters for PEFT; see `peft.write_adapter`.
+
+    Raises:
+        UserError: the run has none, or not beside a published model, or the directory is not new.
+    """
+    if not run.config.lora.rank:
+        raise UserError("--format=peft: the run trained all weights, not adapters; use --format=merged")
+    if is_url(directory):
+        raise UserError(f"{directory}: adapters are written to a directory here; copy it from there")
+    start = open_initial(run.config)
+    if start is None or not isinstance(start.source, HfCheckpoint):
+        raise UserError(
+            "--format=peft: the adapters lie beside a run's weights or random ones, which PEFT cannot open; "
+            "use --format=merged"
+        )
+    known, name = start.model.vocab_size, run.config.init.checkpoint
+    if run.config.model.vocab_size > known:
+        LOG.warning(
+            "the adapter holds an embedding of %d tokens, the base has %d: before it is loaded, "
+            "base.resize_token_embeddings(%d)", run.config.model.vocab_size, known, run.config.model.vocab_size,
+        )  # fmt: skip
+    return write_adapter(run.params, run.config, run.mesh, directory, name, known)

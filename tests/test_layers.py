@@ -22,6 +22,8 @@ ORDER = (
         "schema",
         "objective_config",
         "vocabulary",
+        "lora_config",
+        "resolve_lora",
     ),
     ("text", "parallel"),
     ("data", "models"),

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,21 +16,32 @@ from jax.sharding import Mesh
 from llm_jepa_jax.checkpoint.companions import GENERATION
 from llm_jepa_jax.checkpoint.export_settings import ExportSettings
 from llm_jepa_jax.checkpoint.hf_directory import CONFIG, INDEX, SINGLE
-from llm_jepa_jax.checkpoint.hf_layout import Parameter, at, by_tensor, parameters
+from llm_jepa_jax.checkpoint.hf_layout import LAYERS, Parameter, at, by_tensor, parameters
 from llm_jepa_jax.checkpoint.places import Place, is_url
 from llm_jepa_jax.checkpoint.safetensors import Writer
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.models.families.registry import family_of
+from llm_jepa_jax.models.lora import merged_layer
+from llm_jepa_jax.models.ops import adapter_names
+from llm_jepa_jax.models.quantized import Quantized
 from llm_jepa_jax.parallel.processes import wait_for_all
 from llm_jepa_jax.parallel.sharding import replicated
 
 
-def export(params: Any, config: ModelConfig, mesh: Mesh, directory: Place, settings: ExportSettings) -> int:
+def export(
+    params: Any,
+    config: ModelConfig,
+    mesh: Mesh,
+    directory: Place,
+    settings: ExportSettings,
+    exact: Callable[[str], jax.Array] | None = None,
+) -> int:
     """Writes `config.json`, the weights and `settings.files`; returns the number of weight files.
 
-    Every process takes part, and the first one writes. One tensor at a time is whole on the devices and on the host.
+    Adapters are added to their weights, which are `exact(path)` where `params` has them quantised. Every process takes
+    part, and the first one writes. One tensor at a time is whole on the devices and on the host.
 
     Raises:
         UserError: no family can say this model, or the directory is not new.
@@ -56,7 +67,7 @@ def export(params: Any, config: ModelConfig, mesh: Mesh, directory: Place, setti
         _write_json(part / GENERATION, settings.token_ids)
         for name, data in settings.files.items():
             (part / name).write_bytes(data)
-    _write_weights(params, wanted, mesh, part, files, dtype)
+    _write_weights(params, wanted, mesh, part, files, dtype, exact)
     if jax.process_index() == 0 and part != directory:
         if directory.exists():
             directory.rmdir()
@@ -83,13 +94,13 @@ def _files(wanted: list[list[Parameter]], width: int, most: int) -> dict[str, di
 
 
 def _write_weights(
-    params: Any, wanted: list[list[Parameter]], mesh: Mesh, part: Place, files: Any, dtype: np.dtype
+    params: Any, wanted: list[list[Parameter]], mesh: Mesh, part: Place, files: Any, dtype: np.dtype, exact: Any
 ) -> None:
     writes = jax.process_index() == 0
     place = {name: file for file, group in files.items() for name in group}
     writer: Writer | None = None
     for group in wanted:
-        for name, array in _tensors(params, group, mesh):
+        for name, array in _tensors(params, group, mesh, exact):
             if not writes:
                 continue
             if writer is None or writer.path.name != place[name]:
@@ -104,24 +115,28 @@ def _write_weights(
         _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": place})
 
 
-def _tensors(params: Any, group: list[Parameter], mesh: Mesh) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(params: Any, group: list[Parameter], mesh: Mesh, exact: Any) -> Iterator[tuple[str, np.ndarray]]:
     """The name and the whole array of each tensor that holds these parameters."""
-    parts = [_parts(at(params, parameter.path), parameter, mesh) for parameter in group]
+    parts = [_parts(params, parameter, mesh, exact) for parameter in group]
     for name, *arrays in zip(group[0].names, *parts, strict=True):
         yield name, arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _parts(leaf: jax.Array, parameter: Parameter, mesh: Mesh) -> Iterator[np.ndarray]:
+def _parts(params: Any, parameter: Parameter, mesh: Mesh, exact: Any) -> Iterator[np.ndarray]:
     """What a parameter puts into each of its tensors."""
-    whole = replicated(mesh)
+    whole, leaf = replicated(mesh), at(params, parameter.path)
     if not parameter.num_layers:
         axis = VOCABULARY_AXIS.get(parameter.path, 0)
         cut = jax.jit(lambda x: jax.lax.slice_in_dim(x, 0, parameter.shape[axis], axis=axis), out_shardings=whole)
         yield parameter.to_published(np.asarray(cut(leaf).addressable_data(0)))
         return
-    take = jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=whole)
+    path = parameter.path.removeprefix(LAYERS)
+    layers = {name: params["layers"][name] for name in (path, *adapter_names(path)) if name in params["layers"]}
+    if isinstance(leaf, Quantized):
+        layers[path] = exact(parameter.path)
+    take = jax.jit(lambda layers, i: merged_layer(layers, path, i), out_shardings=whole)
     for number in range(parameter.num_layers):
-        yield parameter.to_published(np.asarray(take(leaf, number).addressable_data(0)))
+        yield parameter.to_published(np.asarray(take(layers, number).addressable_data(0)))
 
 
 def _write_json(path: Place, values: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ is read twice, however the parameter is sharded in the end: what devices lack of
 links that are faster than any disk. A cut by columns would touch every page of a file, and ask a store for every row.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,31 +19,43 @@ from llm_jepa_jax.checkpoint.hf_directory import HfCheckpoint
 from llm_jepa_jax.checkpoint.hf_layout import Parameter, at
 from llm_jepa_jax.checkpoint.safetensors import StoredTensor
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS
+from llm_jepa_jax.config import Config
+from llm_jepa_jax.models.lora import frozen_dtype, stored
 from llm_jepa_jax.models.transformer import abstract_params
-from llm_jepa_jax.parallel.sharding import parameter_shardings
+from llm_jepa_jax.parallel.sharding import parameter_spec
+
+Keep = Callable[[jax.Array], Any]
+"""What becomes of a parameter, or of one layer's part of it: an array, or a tree of arrays with its axes."""
 
 
-def read_parameters(checkpoint: HfCheckpoint, mesh: Mesh, param_dtype: Any, vocab_size: int) -> Any:
+def read_parameters(
+    checkpoint: HfCheckpoint, mesh: Mesh, param_dtype: Any, vocab_size: int, frozen_of: Config | None = None
+) -> Any:
     """The model's parameters in `param_dtype`, sharded over the mesh; rows of the vocabulary beyond the file's are 0.
 
-    Every process takes part. It holds what its devices own, and its rows of one tensor while they are on their way.
+    Frozen ones of a run with adapters, `frozen_of`, come as that keeps them. Every process takes part. It holds what
+    its devices own, and its rows of one tensor while they are on their way.
 
     Raises:
         UserError: a file cannot be read, or ends too early.
     """
-    shardings = parameter_shardings(mesh, abstract_params(checkpoint.model, param_dtype)[1])
+    axes = abstract_params(checkpoint.model, param_dtype)[1]
     tree: dict[str, Any] = {}
     for parameter in checkpoint.parameters:
         node, (*sections, name) = tree, parameter.path.split("/")
         for section in sections:
             node = node.setdefault(section, {})
-        node[name] = _read(checkpoint, parameter, at(shardings, parameter.path), jnp.dtype(param_dtype), vocab_size)
+        names = at(axes, parameter.path)
+        sharding = NamedSharding(mesh, parameter_spec(names))
+        dtype = frozen_dtype(frozen_of, names) if frozen_of else jnp.dtype(param_dtype)
+        keep = functools.partial(stored, frozen_of, names) if frozen_of else lambda array: array
+        node[name] = _read(checkpoint, parameter, sharding, dtype, vocab_size, keep)
     return tree
 
 
 def _read(
-    checkpoint: HfCheckpoint, parameter: Parameter, sharding: NamedSharding, dtype: Any, vocab_size: int
-) -> jax.Array:
+    checkpoint: HfCheckpoint, parameter: Parameter, sharding: NamedSharding, dtype: Any, vocab_size: int, keep: Keep
+) -> Any:
     tensors, stacked_axes = [checkpoint.tensors[name] for name in parameter.names], min(parameter.num_layers, 1)
     cuts = _cuts(parameter, sharding, stacked_axes)
     arrange, exchange = _arranged(parameter, dtype, vocab_size), _exchange(sharding.mesh, cuts)
@@ -52,9 +65,14 @@ def _read(
 
     if not parameter.num_layers:
         return jax.jit(ours, out_shardings=sharding)(_rows(parameter, tensors[0], cuts, sharding.mesh))
-    shape = (len(tensors), *parameter.shape)
-    stacked = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
-    put = jax.jit(lambda stack, rows, i: stack.at[i].set(ours(rows)), donate_argnums=0, out_shardings=sharding)
+    kept = jax.eval_shape(keep, jax.ShapeDtypeStruct(parameter.shape, dtype))
+    stacked = jax.jit(
+        lambda: jax.tree.map(lambda one: jnp.zeros((len(tensors), *one.shape), one.dtype), kept), out_shardings=sharding
+    )()
+    put = jax.jit(
+        lambda stack, rows, i: jax.tree.map(lambda all_, one: all_.at[i].set(one), stack, keep(ours(rows))),
+        donate_argnums=0, out_shardings=sharding,
+    )  # fmt: skip
     for number, tensor in enumerate(tensors):
         # Waiting keeps one layer on its way instead of all of them.
         stacked = jax.block_until_ready(put(stacked, _rows(parameter, tensor, cuts, sharding.mesh), number))

@@ -44,14 +44,15 @@ class Parameter:
         return [self.name.format(layer) for layer in range(self.num_layers)] or [self.name]
 
     @property
-    def _inputs(self) -> int:
+    def num_inputs(self) -> int:
+        """Of a matrix, how many of its axes of ours come first and are published columns; else 0."""
         return NUM_INPUTS.get(self.path.rpartition("/")[2], 0)
 
     @property
     def own_shape(self) -> tuple[int, ...]:
         """The shape of its part of each tensor."""
-        if self._inputs:
-            return math.prod(self.shape[self._inputs :]), math.prod(self.shape[: self._inputs])
+        if self.num_inputs:
+            return math.prod(self.shape[self.num_inputs :]), math.prod(self.shape[: self.num_inputs])
         return self.shape if self.path == "embedding" else (math.prod(self.shape),)
 
     @property
@@ -64,25 +65,25 @@ class Parameter:
         if self.path == "embedding":
             return index
         parts = [(s.indices(size)[:2], size) for s, size in zip(index, self.shape, strict=True)]
-        rows = _folded(parts[self._inputs :])
+        rows = _folded(parts[self.num_inputs :])
         rows = slice(rows.start + self.first_row, rows.stop + self.first_row)
-        return (rows, _folded(parts[: self._inputs])) if self._inputs else (rows,)
+        return (rows, _folded(parts[: self.num_inputs])) if self.num_inputs else (rows,)
 
     def published_axes(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
         """What rows and columns are cut over, from what each axis of one layer is cut over: only the first one is of
         those that are folded into one."""
-        if self._inputs:
-            return axes[self._inputs], axes[0]
+        if self.num_inputs:
+            return axes[self.num_inputs], axes[0]
         return axes if self.path == "embedding" else axes[:1]
 
     def from_published(self, array: Any, index: Index) -> Any:
         """The part of one layer, from what `published_index` read."""
         shape = tuple(len(range(*s.indices(size))) for s, size in zip(index, self.shape, strict=True))
-        return (array.T if self._inputs else array).reshape(shape)
+        return (array.T if self.num_inputs else array).reshape(shape)
 
     def to_published(self, array: np.ndarray) -> np.ndarray:
         """A whole layer as its part of its tensor."""
-        if self._inputs:
+        if self.num_inputs:
             return array.reshape(self.own_shape[::-1]).T
         return array.reshape(self.own_shape)
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import logging
+import pathlib
 from typing import Any
 
 import jax
@@ -11,11 +12,13 @@ from jax.sharding import Mesh
 from llm_jepa_jax.checkpoint.hf_directory import HfCheckpoint, is_published, open_directory
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
 from llm_jepa_jax.checkpoint.manager import restore_params
+from llm_jepa_jax.checkpoint.peft import open_adapter, read_adapter
 from llm_jepa_jax.checkpoint.places import Place, on_this_machine, place
 from llm_jepa_jax.checkpoint.vocabulary import VOCABULARY_AXIS, with_new_rows
 from llm_jepa_jax.config import Config, ModelConfig, freeze, to_dict
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
+from llm_jepa_jax.models.lora import abstract_adapters, init_adapters
 from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
 from llm_jepa_jax.parallel.sharding import parameter_shardings, placed
 from llm_jepa_jax.schema import flatten, freeze_section, unflatten
@@ -52,13 +55,23 @@ def open_initial(config: Config) -> Initial | None:
         return None
     directory = place(config.init.checkpoint)
     if is_published(directory):
+        if config.init.step:
+            raise UserError(
+                f"config: `init.step`={config.init.step} is for a run, and {directory} is none; leave it out"
+            )
         return Initial(directory, open_directory(directory))
     for name in ("config.json", "checkpoints"):
         if not (directory / name).exists():
             raise UserError(
                 f"config: `init.checkpoint`={directory} has no {name}; name the directory of a run or a published model"
             )
-    return Initial(directory, freeze(load_json(directory / "config.json")))
+    source = freeze(load_json(directory / "config.json"))
+    if source.lora.rank:
+        raise UserError(
+            f"config: `init.checkpoint`={directory} is a run that trained adapters; write its model with "
+            "--mode=export, and name that directory"
+        )
+    return Initial(directory, source)
 
 
 def with_initial(config: Config, start: Initial | None) -> Config:
@@ -122,43 +135,63 @@ def _check_of_one_model(start: Initial, tokenizer: Tokenizer) -> None:
 
 
 def initial_parameters(key: jax.Array, config: Config, start: Initial, mesh: Mesh) -> Any:
-    """The checkpoint's newest weights, with rows for new tokens and fresh linear predictors where it has none.
+    """What a run trains, as it begins: the checkpoint's weights, with rows for new tokens, or adapters to them; and its
+    linear predictors, fresh where it has none.
 
     Raises:
         UserError: no checkpoint can be read.
     """
     shapes, axes = abstract_parameters(config)
     shardings = parameter_shardings(mesh, axes)
-    if isinstance(start.source, HfCheckpoint):
-        params = read_parameters(start.source, mesh, config.train.param_dtype, config.model.padded_vocab_size)
-        words = ""
+    params = {} if isinstance(start.source, HfCheckpoint) else _of_run(config, start, mesh)
+    if config.lora.rank:
+        params |= _adapters(key, config, start, mesh)
     else:
-        step, params = _of_run(config, start, mesh)
-        words = f", step {step}"
-    new = config.model.vocab_size - start.model.vocab_size
-    LOG.info("weights of %s%s; %d new token rows", config.init.checkpoint, words, new)
+        if isinstance(start.source, HfCheckpoint):
+            params = read_parameters(start.source, mesh, config.train.param_dtype, config.model.padded_vocab_size)
+        params = with_rows(key, params, config, start)
     fresh = set(shapes.get("predictors", {})) - set(params.get("predictors", {}))
-    changed = {name: params[name] for name in VOCABULARY_AXIS if name in params and new}
     with jax.set_mesh(mesh):
-        make = jax.jit(
-            lambda old: with_new_rows(key, old, config, start.model.vocab_size),
-            out_shardings={name: shardings[name] for name in changed},
-        )
-        params |= make(changed)
         if fresh:
             make = jax.jit(lambda: init_parameters(key, config)["predictors"], out_shardings=shardings["predictors"])
             params["predictors"] = make() | params.get("predictors", {})
     return params
 
 
-def _of_run(config: Config, start: Initial, mesh: Mesh) -> tuple[int, Any]:
-    """The step and the parameters of a run, with those linear predictors that both have."""
+def with_rows(key: jax.Array, params: Any, config: Config, start: Initial) -> Any:
+    """The weights of a checkpoint with rows for the tokens that it does not have."""
+    new = config.model.vocab_size - start.model.vocab_size
+    LOG.info("weights of %s; %d new token rows", config.init.checkpoint, new)
+    changed = {name: params[name] for name in VOCABULARY_AXIS if name in params and new}
+    shardings = {name: array.sharding for name, array in changed.items()}
+    make = jax.jit(lambda old: with_new_rows(key, old, config, start.model.vocab_size), out_shardings=shardings)
+    return params | make(changed)
+
+
+def _adapters(key: jax.Array, config: Config, start: Initial, mesh: Mesh) -> Any:
+    """Those of `lora.adapter`, or fresh ones."""
+    shapes, axes = abstract_adapters(config)
+    abstract = placed(shapes, parameter_shardings(mesh, axes))
+    if config.lora.adapter:
+        return read_adapter(open_adapter(pathlib.Path(config.lora.adapter), start.model), abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda: init_adapters(key, config), out_shardings=shardings)()
+
+
+def _of_run(config: Config, start: Initial, mesh: Mesh) -> Any:
+    """What this run trains and the one to start from has, with those linear predictors that both have."""
     old = dataclasses.replace(
         config, model=dataclasses.replace(start.model, vocab_multiple=config.model.vocab_multiple)
     )
     shapes, axes = abstract_parameters(old)
+    if config.lora.rank:
+        del shapes["layers"], axes["layers"]
     known = abstract_parameters(start.source)[0].get("predictors", {})
     for name in set(shapes.get("predictors", {})) - set(known):
         del shapes["predictors"][name], axes["predictors"][name]
     abstract = placed(shapes, parameter_shardings(mesh, axes))
-    return restore_params(start.directory / "checkpoints", abstract)
+    if not jax.tree.leaves(abstract):
+        return {}
+    step, params = restore_params(start.directory / "checkpoints", abstract, config.init.step or None)
+    LOG.info("step %d of %s", step, start.directory)
+    return params

@@ -51,6 +51,13 @@ class StoredTensor:
         data = read_range(self.path, self.start + first * width, (stop - first) * width)
         return data.view(self.dtype).reshape(stop - first, *self.shape[1:])[(slice(None), *index[1:])]
 
+    def sample(self, most: int) -> bytes:
+        """Up to so many bytes from its middle."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        with self.path.open("rb") as file:
+            file.seek(self.start + max(0, size - most) // 2)
+            return file.read(min(most, size))
+
 
 def read_header(path: Place) -> dict[str, StoredTensor]:
     """The tensors of a file, by name.

@@ -14,7 +14,16 @@ from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.attention.dense import attend_masked
 from llm_jepa_jax.models.attention.dispatch import attend_rows
 from llm_jepa_jax.models.attention.xla import seen_back
-from llm_jepa_jax.models.ops import ACTIVATIONS, apply_rotary, layer_norm, linear, rms_norm
+from llm_jepa_jax.models.ops import (
+    ACTIVATIONS,
+    Adapter,
+    adapter_names,
+    apply_rotary,
+    layer_norm,
+    linear,
+    rms_norm,
+)
+from llm_jepa_jax.models.quantized import Quantized, Weight
 from llm_jepa_jax.parallel.sharding import constrain
 
 
@@ -87,6 +96,8 @@ class DecoderModule(nn.Module):
 
     config: ModelConfig
     param_dtype: Any
+    dropout: float = dataclasses.field(default=0.0, kw_only=True)
+    """Share of the inputs of adapters that are dropped, where there is a random key `dropout`."""
 
     def weight(
         self,
@@ -95,11 +106,14 @@ class DecoderModule(nn.Module):
         axes: tuple[str, ...],
         depth_scaled: bool = False,
         zeros_behind: tuple[int, ...] = (),
-    ) -> jax.Array:
+    ) -> Weight:
         """A normal weight; `depth_scaled` divides its deviation by sqrt(2 N), for what adds to the residual stream.
 
-        `zeros_behind` is padding behind each axis, which changes nothing of what is drawn.
+        `zeros_behind` is padding behind each axis, which changes nothing of what is drawn. A quantised weight comes as
+        it is: it was made elsewhere.
         """
+        if self.has_variable("params", name) and isinstance(self.get_variable("params", name), Quantized):
+            return self.get_variable("params", name)
         deviation = self.config.init_std * ((2 * self.config.num_layers) ** -0.5 if depth_scaled else 1.0)
         normal = nn.initializers.normal(deviation)
 
@@ -134,10 +148,23 @@ class DecoderModule(nn.Module):
         depth_scaled: bool = False,
     ) -> jax.Array:
         """A linear layer in the type of `x`, over all axes that `x` has behind [R, L]."""
-        out = linear(x, self.weight(name, shape, axes, depth_scaled).astype(x.dtype))
+        weight = self.weight(name, shape, axes, depth_scaled)
+        weight = weight if isinstance(weight, Quantized) else weight.astype(x.dtype)
+        out = linear(x, weight, self._adapter(name, x))
         if not bias:
             return out
         return out + self.vector(f"{name}_bias", shape[x.ndim - 2 :], "bias", 0.0).astype(x.dtype)
+
+    def _adapter(self, name: str, x: jax.Array) -> Adapter | None:
+        """That of a linear layer, if the parameters have one; dropout where there is a key for it."""
+        names = adapter_names(name)
+        if not self.has_variable("params", names[0]):
+            return None
+        a, b, scale = (self.get_variable("params", part).astype(x.dtype) for part in names)
+        if self.dropout and self.has_rng("dropout"):
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1.0 - self.dropout), 0.0).astype(x.dtype)
+        return Adapter(x, a, b, scale)
 
 
 class Block(DecoderModule):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of a decoder as pure functions."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jepa_jax.config import ModelConfig, RopeScalingConfig
+from llm_jepa_jax.models.quantized import Weight, whole
+from llm_jepa_jax.models.symbolic import filled, known
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
@@ -130,35 +134,66 @@ PRODUCT = "product"
 """Name of every linear layer's output, by which remat policies find it: they do not look inside a `custom_vjp`."""
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with, named `PRODUCT`; [..., *Out]."""
-    return checkpoint_name(_linear(x, weight), PRODUCT)
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A low-rank addition to a linear layer (LoRA, arXiv 2106.09685), in the compute type."""
+
+    x: jax.Array
+    """What it reads: the layer's input, or that after dropout, [R, L, *In]."""
+    a: jax.Array
+    """[*In, r]"""
+    b: jax.Array
+    """[r, *Out]"""
+    scale: jax.Array
+    """Scalar."""
+
+
+def adapter_names(name: str) -> tuple[str, str, str]:
+    """What A, B and the scale of a weight's adapter are called."""
+    return f"{name}_lora_a", f"{name}_lora_b", f"{name}_lora_scale"
+
+
+def linear(x: jax.Array, weight: Weight, adapter: Adapter | None = None) -> jax.Array:
+    """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with, named `PRODUCT`; [..., *Out].
+
+    With an adapter, scale · x A B is added; W + A B never exists. A weight that nobody differentiates by costs no
+    gradient, and nothing is kept for one: not `x`, and of a quantised weight only what it is stored as.
+    """
+    out = _linear(x, weight)
+    if adapter is not None:
+        inner = checkpoint_name(_linear(adapter.x, adapter.a), PRODUCT)
+        out = out + _linear(inner, adapter.b) * adapter.scale
+    return checkpoint_name(out, PRODUCT)
 
 
 @jax.custom_vjp
-def _linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _linear(x: jax.Array, weight: Weight) -> jax.Array:
     """The number of contracted axes is `x.ndim - 2`: inputs are [R, L, *In]. The derivative by the weight is written as
     one product of two matrices, tokens first. Differentiating an einsum leaves it to XLA:CPU to transpose the larger
     operand, fused with whatever made it: a SwiGLU block forward and backward took 1.7 times as long.
     """
-    return jnp.tensordot(x, weight, axes=x.ndim - 2)
+    return jnp.tensordot(x, whole(weight, x.dtype), axes=x.ndim - 2)
 
 
-def _linear_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _linear(x, weight), (x, weight)
+def _linear_forward(x: Any, weight: Any) -> tuple[jax.Array, tuple[jax.Array | None, Weight]]:
+    (x, _), (weight, is_trained) = known(x), known(weight)
+    return _linear(x, weight), (x if is_trained else None, weight)
 
 
-def _linear_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, weight = saved
-    num_in = x.ndim - 2
-    outs = tuple(range(num_in, weight.ndim))
-    by_x = jnp.tensordot(grad, weight, axes=(tuple(range(2, grad.ndim)), outs))
+def _linear_backward(saved: tuple[jax.Array | None, Weight], grad: Any) -> tuple[jax.Array, Any]:
+    x, stored = saved
+    grad = filled(grad)
+    weight = whole(stored, grad.dtype)
+    num_out = grad.ndim - 2
+    num_in = weight.ndim - num_out
+    by_x = jnp.tensordot(grad, weight, axes=(tuple(range(2, grad.ndim)), tuple(range(num_in, weight.ndim))))
+    if x is None:
+        return by_x, None
     tokens = (((0, 1), (0, 1)), ((), ()))
     if x.size <= grad.size:
         return by_x, jax.lax.dot_general(x, grad, tokens)
     turned = jax.lax.dot_general(grad, x, tokens)
-    num_out = grad.ndim - 2
     return by_x, turned.transpose(*range(num_out, turned.ndim), *range(num_out))
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward, symbolic_zeros=True)

@@ -7,8 +7,10 @@ key, value [N, D, K, h], out [N, H, h, D], mlp_norm [N, D], gate, up [N, D, F], 
 `attention_post_norm`, `mlp_post_norm [N, D]`, `query_norm`, `key_norm` ([N, h], or [N, H, h] and [N, K, h] over all
 heads), and one `norm [N, D]` in a parallel block. Layers of different shapes are not stacked: layer 3 has
 `layers/3/query [D, H, h]`, and so on. V is `ModelConfig.padded_vocab_size`: ids, and zeros behind them.
+Adapters lie beside their weights, and frozen weights may be quantised: `models/lora.py`.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -27,9 +29,18 @@ REMAT_POLICIES = {
 }
 State = tuple[int, bool]
 """A hidden state: its layer (0: the embeddings, i: what block i gives), and whether the final norm is applied to it."""
+
 UNROLLED_LAYERS = 8
 """Up to this many layers are compiled one after the other, unless remat wants the loop: a loop copies what the backward
 pass needs of every layer into one array and back, 1.1 times the step on CPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Of the inputs of adapters."""
+
+    share: float
+    key: jax.Array
 
 
 class Decoder(DecoderModule):
@@ -103,12 +114,12 @@ class Decoder(DecoderModule):
         return nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.config.num_layers,
             unroll=self.config.num_layers if self._unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(*self._fields(inner), name="layers")
+        )(*self._fields(inner), dropout=self.dropout, name="layers")
 
     def _blocks(self, inner: tuple[int, ...]) -> Any:
         """What `run_adding` runs: one block for all layers, or one for each where they differ in shape."""
@@ -167,6 +178,7 @@ def forward_states(
     attention: str = "xla",
     longest_segment: int = 0,
     layer_sums: Any = None,
+    dropout: Dropout | None = None,
 ) -> tuple[jax.Array, ...]:
     """The hidden states asked for, each [R, L, D] in the compute type ([R, T, D] with branches; see `batch.Batch`).
 
@@ -174,14 +186,16 @@ def forward_states(
     segment. States at padding (segment 0) mean nothing. `attention` is a back end that fits the shapes and the
     devices; `xla` fits all, and is what evaluation uses, whose sequences come in every length. `longest_segment`,
     where it is known, is a promise that saves work: no segment has more tokens. With `layer_sums`, gradients by the
-    layers are added to them in the backward pass (see `adding.run_adding`).
+    layers are added to them in the backward pass (see `adding.run_adding`). `dropout` is that of adapters.
     """
     decoder = Decoder(
         config, jnp.float32,
         dtype=dtype, remat=remat, attention=attention, longest_segment=longest_segment, states=states,
+        dropout=dropout.share if dropout else 0.0,
     )  # fmt: skip
     layout = Layout(segments_RxL, branch_end_RxP)
-    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, layout, layer_sums=layer_sums)[0]
+    keys = {"dropout": dropout.key} if dropout else {}
+    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, layout, layer_sums=layer_sums, rngs=keys)[0]
 
 
 def forward(

@@ -2,9 +2,9 @@
 """The language-model head and its cross-entropy in one: logits of a few targets at a time, never stored.
 
 While the logits of a chunk of targets exist, its loss and its gradients are computed from them. So a chunk costs three
-products (logits, and the gradients of hidden states and head), where a backward pass that recomputes costs four, and
-the largest array is [chunk, vocabulary]. Chunks without a target are not visited: the work follows the targets, not
-the slots.
+products (logits, and the gradients of hidden states and head; two where the head is not trained), where a backward
+pass that recomputes costs four, and the largest array is [chunk, vocabulary]. Chunks without a target are not visited:
+the work follows the targets, not the slots.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from llm_jepa_jax.models.symbolic import filled, known
 from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
 
 
@@ -49,45 +50,46 @@ def cross_entropy(
     float32 whatever the type of `hidden`.
     """
     arrays = (hidden_RxLxD, head_DxV, index_RxM, targets_RxM, weight_RxM, bias_V)
-    return _everywhere(settings, False, bias_V is not None)(*arrays)[0]
+    return _everywhere(settings, "", bias_V is not None)(*arrays)[0]
 
 
 def _forward(
-    hidden_RxLxD: jax.Array,
-    head_DxV: jax.Array,
-    index_RxM: jax.Array,
-    targets_RxM: jax.Array,
-    weight_RxM: jax.Array,
-    settings: HeadSettings,
-    bias_V: jax.Array | None,
-) -> tuple[jax.Array, Any]:
-    arrays = (hidden_RxLxD, head_DxV, index_RxM, targets_RxM, weight_RxM, bias_V)
-    total, *grads = _everywhere(settings, True, bias_V is not None)(*arrays)
-    by_bias = None if bias_V is None else grads[2].astype(bias_V.dtype)
-    return total, (grads[0], grads[1].astype(head_DxV.dtype), by_bias)
+    hidden_RxLxD: Any, head_DxV: Any, index_RxM: Any, targets_RxM: Any, weight_RxM: Any, settings: HeadSettings,
+    bias_V: Any,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    slots = (known(array)[0] for array in (index_RxM, targets_RxM, weight_RxM))
+    (hidden_RxLxD, _), (head_DxV, head_is_trained), (bias_V, _) = map(known, (hidden_RxLxD, head_DxV, bias_V))
+    wanted = "all" if head_is_trained else "hidden"
+    total, *grads = _everywhere(settings, wanted, bias_V is not None)(hidden_RxLxD, head_DxV, *slots, bias_V)
+    by_hidden, by_head, by_bias = (*grads, None, None)[:3]
+    by_head = None if by_head is None else by_head.astype(head_DxV.dtype)
+    return total, (by_hidden, by_head, None if by_bias is None else by_bias.astype(bias_V.dtype))
 
 
-def _backward(settings: HeadSettings, grads: Any, scale: jax.Array) -> tuple[Any, ...]:
+def _backward(settings: HeadSettings, grads: Any, scale: Any) -> tuple[Any, ...]:
+    scale = filled(scale)
     by_hidden, by_head, by_bias = jax.tree.map(lambda grad: (grad * scale).astype(grad.dtype), grads)
     return by_hidden, by_head, None, None, None, by_bias
 
 
-cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _everywhere(settings: HeadSettings, with_grads: bool, with_bias: bool) -> Any:
-    """The local computation on every device of the mesh: gradients of the head are added up once, behind the loop."""
+def _everywhere(settings: HeadSettings, gradients: str, with_bias: bool) -> Any:
+    """The local computation on every device of the mesh: gradients of the head are added up once, behind the loop.
+    `gradients` are `all`, those by `hidden` states, or none at all (empty).
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return functools.partial(_local, settings=settings, with_grads=with_grads, sharded=False)
+        return functools.partial(_local, settings=settings, gradients=gradients, sharded=False)
     rows = PartitionSpec(ACTIVATION_RULES["rows"])
     vocabulary = PARAMETER_RULES["vocab"]
     bias = PartitionSpec(vocabulary) if with_bias else None
     out_specs = (PartitionSpec(), rows, PartitionSpec(PARAMETER_RULES["embed"], vocabulary), bias)
     return jax.shard_map(
-        functools.partial(_local, settings=settings, with_grads=with_grads, sharded=True),
+        functools.partial(_local, settings=settings, gradients=gradients, sharded=True),
         in_specs=(rows, PartitionSpec(None, vocabulary), rows, rows, rows, bias),
-        out_specs=out_specs if with_grads else out_specs[:1],
+        out_specs=out_specs[: {"all": 4, "hidden": 2, "": 1}[gradients]],
         check_vma=False,
     )
 
@@ -101,7 +103,7 @@ def _local(
     bias_V: jax.Array | None,
     *,
     settings: HeadSettings,
-    with_grads: bool,
+    gradients: str,
     sharded: bool,
 ) -> tuple[Any, ...]:
     """One device's rows against its part of the vocabulary: the sum, and the gradients if they are wanted."""
@@ -118,27 +120,32 @@ def _local(
         if bias_V is not None:
             logits_CxV += bias_V.astype(jnp.float32)
         loss, dlogits_CxV = _chunk_loss(logits_CxV, target_C - first_id, weight_C, is_id_V, settings, sharded)
-        if not with_grads:
+        if not gradients:
             return (carry[0] + loss,)
-        total, dhidden_NxD, dhead_DxV, dbias_V = carry
-        if bias_V is not None:
-            dbias_V += dlogits_CxV.sum(axis=0)
-        dlogits_CxV = dlogits_CxV.astype(hidden_NxD.dtype)
+        total, dhidden_NxD, *of_head = carry
+        wide_CxV, dlogits_CxV = dlogits_CxV, dlogits_CxV.astype(hidden_NxD.dtype)
         dhidden_CxD = _over_vocabulary(jax.lax.psum, _dot(dlogits_CxV, head_DxV, 1, 1), sharded)
         dhidden_NxD = dhidden_NxD.at[place_C].set(dhidden_CxD.astype(dhidden_NxD.dtype), mode="drop")
-        return total + loss, dhidden_NxD, dhead_DxV + _dot(hidden_CxD, dlogits_CxV, 0, 0), dbias_V
+        if of_head:
+            dhead_DxV, dbias_V = of_head
+            dbias_V = None if dbias_V is None else dbias_V + wide_CxV.sum(axis=0)
+            of_head = [dhead_DxV + _dot(hidden_CxD, dlogits_CxV, 0, 0), dbias_V]
+        return total + loss, dhidden_NxD, *of_head
 
-    zeros_V = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
-    zeros = (jnp.zeros((), jnp.float32), jnp.zeros_like(hidden_NxD), jnp.zeros(head_DxV.shape, jnp.float32), zeros_V)
-    total, *grads = jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros if with_grads else zeros[:1])
+    zeros: tuple[Any, ...] = (jnp.zeros((), jnp.float32),)
+    if gradients:
+        zeros += (jnp.zeros_like(hidden_NxD),)
+    if gradients == "all":
+        zeros_V = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
+        zeros += (jnp.zeros(head_DxV.shape, jnp.float32), zeros_V)
+    total, *grads = jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros)
     total = jax.lax.psum(total, ACTIVATION_RULES["rows"]) if sharded else total
-    if not with_grads:
-        return (total,)
-    dhidden_NxD, dhead_DxV, dbias_V = grads
-    if sharded:
-        dhead_DxV = _over_rows(dhead_DxV)
-        dbias_V = jax.tree.map(lambda grad: jax.lax.psum(grad, ACTIVATION_RULES["rows"]), dbias_V)
-    return total, dhidden_NxD.reshape(hidden_RxLxD.shape), dhead_DxV, dbias_V
+    dhidden = [grad.reshape(hidden_RxLxD.shape) for grad in grads[:1]]
+    of_head = grads[1:]
+    if sharded and of_head:
+        dbias_V = jax.tree.map(lambda grad: jax.lax.psum(grad, ACTIVATION_RULES["rows"]), of_head[1])
+        of_head = [_over_rows(of_head[0]), dbias_V]
+    return total, *dhidden, *of_head
 
 
 def _used_first(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All parameters of a run: the model's, and the linear predictors of objectives (`predictors/NAME [D, D]`)."""
+"""What a run trains: the model's parameters, or adapters to them, and the linear predictors of objectives
+(`predictors/NAME [D, D]`)."""
 
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jepa_jax.config import Config
+from llm_jepa_jax.models.lora import abstract_adapters, init_adapters
 from llm_jepa_jax.models.transformer import abstract_params, init_params
 from llm_jepa_jax.objective_config import ObjectiveConfig
 from llm_jepa_jax.objectives.total import enabled
@@ -18,9 +20,9 @@ def _with_predictor(config: ObjectiveConfig) -> list[str]:
 
 
 def init_parameters(key: jax.Array, config: Config) -> Any:
-    """Random parameters as a plain nested dictionary; predictors are Xavier uniform, as published."""
+    """What a run trains, drawn, as a plain nested dictionary; predictors are Xavier uniform, as published."""
     dtype, width = jnp.dtype(config.train.param_dtype), config.model.embed_dim
-    params = init_params(key, config.model, dtype)
+    params = init_adapters(key, config) if config.lora.rank else init_params(key, config.model, dtype)
     init = jax.nn.initializers.glorot_uniform()
     names = _with_predictor(config.objective)
     drawn = jax.random.fold_in(key, len("predictors"))
@@ -29,9 +31,9 @@ def init_parameters(key: jax.Array, config: Config) -> Any:
 
 
 def abstract_parameters(config: Config) -> tuple[Any, Any]:
-    """Two trees of one structure: `jax.ShapeDtypeStruct`s, and the logical axes of each parameter."""
+    """What a run trains and saves, as two trees: `jax.ShapeDtypeStruct`s, and each one's logical axes."""
     dtype, width = jnp.dtype(config.train.param_dtype), config.model.embed_dim
-    shapes, axes = abstract_params(config.model, dtype)
+    shapes, axes = abstract_adapters(config) if config.lora.rank else abstract_params(config.model, dtype)
     names = _with_predictor(config.objective)
     if not names:
         return shapes, axes

@@ -19,6 +19,7 @@ PARAMETER_RULES: dict[str, str | None] = {
     "norm": None,
     "bias": None,
     "predicted": None,
+    "rank": None,
 }
 """Storage: every matrix is cut over fsdp along its model width and over tensor along the other side."""
 

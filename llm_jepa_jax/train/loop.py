@@ -26,7 +26,7 @@ from llm_jepa_jax.parallel.sharding import global_batch, num_row_shards, row_par
 from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, last_values, valid_pairs
 from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar, loss_text
-from llm_jepa_jax.train.state import StateFactory, TrainState
+from llm_jepa_jax.train.state import StateFactory, TrainState, saved_part
 from llm_jepa_jax.train.step import make_train_step
 
 LOG = logging.getLogger("llm_jepa_jax")
@@ -95,7 +95,8 @@ class Recorder:
         tokens, targets = float(host["sums"]["tokens"]), float(host["sums"]["target_tokens"])
         self._tokens += tokens
         self._examples += float(host["sums"]["examples"])
-        self._flops += model_flops(self._config.model, tokens, targets, row_length)
+        frozen = self._config.lora.rank > 0
+        self._flops += model_flops(self._config.model, tokens, targets, row_length, frozen)
         if host["last"]["skipped_in_row"] == 1:
             LOG.warning("step %d: loss or gradient is not finite; this update is skipped", step)
         if step % self._config.log.every_steps == 0:
@@ -163,9 +164,10 @@ def train(
     # --- state, metrics and data, all at the newest valid checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     with phases.phase("restore or create the state"):
-        step, state, meta = checkpoints.restore_latest(factory.abstract) or (0, factory.create(), {})
+        found = checkpoints.restore_latest(saved_part(factory.abstract))
+        step, state, meta = (found[0], factory.completed(found[1]), found[2]) if found else (0, factory.create(), {})
     origin = f"checkpoint {step}" if meta else factory.origin
-    LOG.info("starting from %s: %s parameters", origin, f"{count_params(state.params):,}")
+    LOG.info("starting from %s: %s parameters to train", origin, f"{count_params(state.params):,}")
     recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
     batches = data.iterator(step, row_parts(mesh), num_row_shards(mesh))
     save = Saver(checkpoints, recorder, config)
@@ -205,7 +207,7 @@ def train(
     # --- last evaluation (unless an earlier start already did it), last save
     done = step >= data.num_steps
     if done and evaluate and not recorder.scores:
-        recorder.write_scores(step, evaluate(state.params, step))
+        recorder.write_scores(step, evaluate(state.whole, step))
     save.last(step, state, evaluate.quality(recorder.scores) if evaluate else None)
     if not done:
         LOG.warning("asked to stop: the state is saved at step %d; the same command goes on from there", step)
@@ -246,7 +248,7 @@ class Saver:
         # All draws come from (seed, step) and (seed, epoch, example), so these two are the whole random state.
         meta = {"step": step, "seed": self._config.seed, "window": self._recorder.window.sums}
         with jax.transfer_guard("allow"):  # Orbax copies the shards to the host by itself
-            self.checkpoints.save(step, state, meta, quality)
+            self.checkpoints.save(step, saved_part(state), meta, quality)
 
     def last(self, step: int, state: TrainState, quality: float | None) -> None:
         """The same, and waits until everything is on disk."""
@@ -264,7 +266,7 @@ def _score(config: Config, step: int, evaluate: Evaluate | None, state: TrainSta
     if not evaluate or not _due(step, config.eval.every_steps):
         return None
     with jax.transfer_guard("allow"):
-        scores = evaluate(state.params, step)
+        scores = evaluate(state.whole, step)
     recorder.write_scores(step, scores)
     return evaluate.quality(scores)
 

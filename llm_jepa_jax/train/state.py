@@ -10,8 +10,10 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llm_jepa_jax.checkpoint.frozen import frozen_parameters
 from llm_jepa_jax.checkpoint.initial import initial_parameters, open_initial
 from llm_jepa_jax.config import Config
+from llm_jepa_jax.models.lora import abstract_frozen, joined
 from llm_jepa_jax.objectives.parameters import abstract_parameters, init_parameters
 from llm_jepa_jax.parallel.sharding import parameter_shardings, placed, replicated
 from llm_jepa_jax.train.optimizer import make_optimizer
@@ -24,11 +26,24 @@ class TrainState:
     step: jax.Array
     """Steps taken, skipped ones included: the place in the data."""
     params: Any
+    """What is trained."""
     opt_state: Any
     skipped: jax.Array
     """Updates skipped for a non-finite loss or gradient."""
     skipped_in_row: jax.Array
     """How many of the last updates in a row were skipped."""
+    frozen: Any = None
+    """The parameters that adapters lie beside: handed on as they are, and not saved. None where all are trained."""
+
+    @property
+    def whole(self) -> Any:
+        """All parameters, which is what evaluation takes."""
+        return joined(self.params, self.frozen)
+
+
+def saved_part(state: TrainState) -> dict[str, Any]:
+    """What checkpoints hold of a state, by its fields."""
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "frozen"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +67,9 @@ class StateFactory:
         Raises:
             UserError: the weights of `init.checkpoint` cannot be read.
         """
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract.replace(frozen=None))
         key, saved = jax.random.key(self.config.seed), open_initial(self.config)
-        if saved:
+        if saved or self.config.lora.adapter:
             start, make, donated = initial_parameters(key, self.config, saved, self.mesh), lambda params: params, 0
         else:
             start, make, donated = key, lambda key: init_parameters(key, self.config), ()
@@ -62,7 +77,18 @@ class StateFactory:
             make_state = jax.jit(
                 lambda start: _initial(make(start), self.optimizer), out_shardings=shardings, donate_argnums=donated
             )
-            return make_state(start)
+            return self._with_frozen(make_state(start))
+
+    def completed(self, saved: dict[str, Any]) -> TrainState:
+        """The state of a checkpoint; what is frozen comes from where it came from at first.
+
+        Raises:
+            UserError: the weights of `init.checkpoint` cannot be read.
+        """
+        return self._with_frozen(TrainState(**saved))
+
+    def _with_frozen(self, state: TrainState) -> TrainState:
+        return state.replace(frozen=frozen_parameters(self.config, self.mesh) if self.config.lora.rank else None)
 
 
 def _initial(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -80,10 +106,13 @@ def state_factory(config: Config, mesh: Mesh, num_steps: int) -> StateFactory:
     model = config.model
     optimizer = make_optimizer(config.opt, num_steps, axes, model.vocab_size / model.padded_vocab_size)
     shapes = jax.eval_shape(lambda: _initial(init_parameters(jax.random.key(0), config), optimizer))
+    frozen, frozen_axes = abstract_frozen(config)
+    shapes = shapes.replace(frozen=frozen)
     everywhere = replicated(mesh)
     params = parameter_shardings(mesh, axes)
     opt_state = _like_parameters(shapes.opt_state, shapes.params, params, everywhere)
-    shardings = TrainState(everywhere, params, opt_state, everywhere, everywhere)
+    frozen_shardings = parameter_shardings(mesh, frozen_axes)
+    shardings = TrainState(everywhere, params, opt_state, everywhere, everywhere, frozen_shardings)
     return StateFactory(config, mesh, optimizer, placed(shapes, shardings))
 
 

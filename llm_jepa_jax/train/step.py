@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 
 from llm_jepa_jax.batch import Batch
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.models.transformer import forward_states, head_kernel
+from llm_jepa_jax.models.lora import joined
+from llm_jepa_jax.models.transformer import Dropout, forward_states, head_kernel
 from llm_jepa_jax.objective_config import JepaConfig, SpreadConfig
 from llm_jepa_jax.objectives.distance import cosine
 from llm_jepa_jax.objectives.jepa import pair_embeddings
@@ -40,6 +41,15 @@ class Part:
     key: jax.Array
     longest_segment: int
     attention: str
+    frozen: Any = None
+    """The parameters that are not trained."""
+    micro_batch: jax.Array | int = 0
+
+    @property
+    def dropout(self) -> Dropout | None:
+        """That of adapters: drawn from (seed, step, micro-batch), and for each layer anew."""
+        share = self.config.lora.dropout
+        return Dropout(share, jax.random.fold_in(self.key, self.micro_batch)) if share else None
 
 
 def loss_and_aux(params: Any, batch: Batch, part: Part, layer_sums: Any = None) -> tuple[jax.Array, dict[str, Any]]:
@@ -50,11 +60,13 @@ def loss_and_aux(params: Any, batch: Batch, part: Part, layer_sums: Any = None) 
         embeddings of the first slots of each row, [R, s, D] float32, with their weights [R, s].
     """
     config, objective = part.config, part.config.objective
+    params = joined(params, part.frozen)
     wanted = wanted_states(objective, config.model.num_layers)
     states = forward_states(
         params, config.model, batch.tokens, batch.positions, batch.segments, batch.branch_end,
         states=wanted, dtype=jnp.dtype(config.train.dtype), remat=config.train.remat,
         attention=part.attention, longest_segment=part.longest_segment, layer_sums=layer_sums,
+        dropout=part.dropout,
     )  # fmt: skip
     inputs = Inputs(
         dict(zip(wanted, states, strict=True)), head_kernel(params, config.model), batch, objective,
@@ -90,24 +102,26 @@ def gradients(
     attention: str = "xla",
     step: jax.Array | int = 0,
     num_steps: int = 1,
+    frozen: Any = None,
 ) -> tuple[jax.Array, Any, dict[str, Any], dict[str, jax.Array]]:
     """Total loss, its gradient, metrics parts and term weights of a global batch, over its micro-batches.
 
     Every term is divided by its weight over the whole batch, so the result does not depend on how it is cut. `step` (of
-    `num_steps`) is where schedules stand, and what random directions are drawn from.
+    `num_steps`) is where schedules stand, and what random directions and dropout are drawn from. `frozen` are the
+    parameters that there is no gradient by.
     """
     weights = term_weights(batch, config.objective)
     scales = term_scales(config.objective, step, num_steps)
-    rest = Part(
-        config, weights, scales, jax.random.fold_in(jax.random.key(config.seed), step), longest_segment, attention
-    )
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    rest = Part(config, weights, scales, key, longest_segment, attention, frozen)
     parts = config.train.micro_batches
     if parts == 1:
         (total, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, batch, rest)
         return total, grads, aux, weights
 
-    def add(carry: tuple[jax.Array, Any, Any], part: Batch) -> tuple[tuple[jax.Array, Any, Any], Any]:
-        (total, aux), sums = _add_gradients(params, carry[1], part, rest)
+    def add(carry: tuple[jax.Array, Any, Any], part: tuple[Batch, Any]) -> tuple[tuple[jax.Array, Any, Any], Any]:
+        rows, number = part
+        (total, aux), sums = _add_gradients(params, carry[1], rows, dataclasses.replace(rest, micro_batch=number))
         pairs = aux.pop("pairs")
         total, aux = jax.tree.map(jnp.add, (carry[0], carry[2]), (total, aux))
         return (total, sums, aux), pairs
@@ -117,13 +131,16 @@ def gradients(
     aux = jax.eval_shape(lambda p, b: loss_and_aux(p, b, rest)[1], params, first)
     aux = {name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), aux[name]) for name in ("sums", "cos_sum")}
     zeros = (jnp.zeros((), jnp.float32), _zeros(params, config), aux)
-    (total, grads, aux), pairs = jax.lax.scan(add, zeros, split)
+    (total, grads, aux), pairs = jax.lax.scan(add, zeros, (split, jnp.arange(parts)))
     pairs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(parts * x.shape[1], *x.shape[2:]), pairs)
     return total, grads, aux | {"pairs": pairs}, weights
 
 
 def _add_gradients(params: Any, sums: Any, part: Batch, rest: Part) -> tuple[tuple[jax.Array, Any], Any]:
-    """Loss of one micro-batch, and the float32 sums with its gradients; those of layers are added in place."""
+    """Loss of one micro-batch, and the float32 sums with its gradients; those of whole layers are added in place."""
+    if rest.frozen is not None:  # gradients of adapters are small
+        value, grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, part, rest)
+        return value, jax.tree.map(jnp.add, sums, jax.tree.map(_wide, grads))
     layers = {"layers": params["layers"]}
     others = {name: value for name, value in params.items() if name not in layers}
 
@@ -200,7 +217,7 @@ def make_train_step(
         attention = attention_backend(config, platform, batch.segments.shape[1])
         run = config if batch.pair_weight.shape[1] else without_pairs(config)
         total, grads, aux, weights = gradients(
-            state.params, batch, run, longest_segment, attention, state.step, num_steps
+            state.params, batch, run, longest_segment, attention, state.step, num_steps, state.frozen
         )
         grads = jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings.params)
         grad_norm = optax.global_norm(grads)
@@ -211,7 +228,8 @@ def make_train_step(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         bad = 1 - finite.astype(jnp.int32)
-        new = TrainState(state.step + 1, params, opt_state, state.skipped + bad, bad * (state.skipped_in_row + 1))
+        skipped_in_row = bad * (state.skipped_in_row + 1)
+        new = TrainState(state.step + 1, params, opt_state, state.skipped + bad, skipped_in_row, state.frozen)
         metrics = _metrics(batch, aux, weights)
         metrics["last"] = {
             "total_loss": total,

@@ -3,7 +3,7 @@
 
 Whole training steps of a `--width`-wide model on rows of random tokens. Temporary memory is read off the compiled
 program (beyond state and batch); times are medians of turns, a step each. The groups: what the backward pass
-recomputes, in how many parts the rows are taken, and what the optimizer keeps.
+recomputes, in how many parts the rows are taken, what the optimizer keeps, and adapters in place of all weights.
 """
 
 import argparse
@@ -37,6 +37,13 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "bfloat16 first moment": {"opt": {"first_moment_dtype": "bfloat16"}},
         "factored second moment": {"opt": {"second_moment": "factored"}},
         "both": {"opt": {"first_moment_dtype": "bfloat16", "second_moment": "factored"}},
+    },
+    "adapters": {
+        "all weights": {},
+        "rank 16": {"lora": {"rank": 16}},
+        "rank 16, int8": {"lora": {"rank": 16, "base_dtype": "int8"}},
+        "rank 16, nf4": {"lora": {"rank": 16, "base_dtype": "nf4"}},
+        "rank 16 on query and value": {"lora": {"rank": 16, "targets": "query,value"}},
     },
 }
 
@@ -93,8 +100,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--row_length", type=int, default=512)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     args = parser.parse_args()
-    for group, choices in GROUPS.items():
+    for group in args.groups:
+        choices = GROUPS[group]
         cases = {name: Case(values, args) for name, values in choices.items()}
         for _ in range(args.turns + 1):
             for case in cases.values():
