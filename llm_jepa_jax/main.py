@@ -17,7 +17,7 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.huge_pages import use_huge_pages
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-MODES = ("train", "eval", "generate", "export", "inspect")
+MODES = ("train", "eval", "generate", "export", "inspect", "plan")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LOG = logging.getLogger("llm_jepa_jax")
@@ -34,7 +34,19 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_multi_string("prompt", [], "generate: a prompt; without any, lines of stdin", flag_values=values)
     flags.DEFINE_string("out", "", "export: the directory to write", flag_values=values)
     flags.DEFINE_integer("rows", 3, "inspect: how many rows to show", lower_bound=1, flag_values=values)
+    _define_plan_flags(values)
     flags.DEFINE_bool("debug", False, "show the stack trace of an error", flag_values=values)
+
+
+def _define_plan_flags(values: flags.FlagValues) -> None:
+    number, whole, yes = flags.DEFINE_float, flags.DEFINE_integer, flags.DEFINE_bool
+    flags.DEFINE_string("topology", "", "plan: such as v5p:4x4x4, v6e:16x16, cpu:8, gpu:h100x64", flag_values=values)
+    yes("search", True, "plan: choose mesh, micro-batches, remat and head chunk, not as configured", flag_values=values)
+    whole("compiles", 2, "plan: programs that the search compiles", lower_bound=1, flag_values=values)
+    number("chip_hour_price", 0.0, "plan: price of a chip-hour; 0: none", lower_bound=0.0, flag_values=values)
+    number("examples_per_row", 8.0, "plan: conversations in a row that are assumed", flag_values=values)
+    whole("longest_segment", 0, "plan: tokens of the longest one; 0: a row", lower_bound=0, flag_values=values)
+    number("epoch_tokens", 1e9, "plan: tokens of the training set", lower_bound=1.0, flag_values=values)
 
 
 def _config_argument(argv: list[str]) -> str | None:
@@ -108,9 +120,13 @@ def run(argv: list[str]) -> dict[str, object]:
     values = parse(argv)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read an absl flag
+    workdir = pathlib.Path(values.workdir)
+    if values.mode == "plan":
+        from llm_jepa_jax.plan.mode import plan_from_flags  # before JAX starts: it chooses the devices to describe
+
+        return plan_from_flags(values, workdir)
     from llm_jepa_jax import modes  # JAX starts here, after wrong flags have been refused
 
-    workdir = pathlib.Path(values.workdir)
     if values.mode == "train":
         return modes.train(values.config, workdir)
     if values.mode == "eval":
