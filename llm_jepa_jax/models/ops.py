@@ -102,6 +102,10 @@ PRODUCT = "product"
 """Name of every linear layer's output, by which remat policies find it: they do not look inside a `custom_vjp`."""
 
 
+ATTENTION = "attention"
+"""Name of what an attention kernel's backward pass wants again: its result and the logarithms of its denominators."""
+
+
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with, named `PRODUCT`; [..., *Out]."""
     return checkpoint_name(_linear(x, weight), PRODUCT)
