@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled program walked in the order of its schedule: how long a step takes, by the compiler's own cycles.
 
-An instruction takes the core for its estimated cycles. An exchange between devices takes the links for its bytes; one that
-is started and awaited apart hides behind what the core does in between, any other makes it wait. Loops count as often as
-they run.
+An instruction takes the core for its estimated cycles. An exchange between devices takes the links for its bytes; one
+that is started and awaited apart hides behind what the core does in between, any other makes it wait. Loops count as
+often as they run.
 """
 
 import collections
