@@ -45,7 +45,9 @@ def _define_plan_flags(values: flags.FlagValues) -> None:
     whole("compiles", 2, "plan: programs that the search compiles", lower_bound=1, flag_values=values)
     number("chip_hour_price", 0.0, "plan: price of a chip-hour; 0: none", lower_bound=0.0, flag_values=values)
     number("examples_per_row", 8.0, "plan: conversations in a row that are assumed", flag_values=values)
-    whole("longest_segment", 0, "plan: tokens of the longest one; 0: a row", lower_bound=0, flag_values=values)
+    whole(
+        "longest_segment", 0, "plan: tokens of the longest one; 0: twice the average", lower_bound=0, flag_values=values
+    )
     number("epoch_tokens", 1e9, "plan: tokens of the training set", lower_bound=1.0, flag_values=values)
 
 

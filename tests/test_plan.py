@@ -230,7 +230,8 @@ def test_visited_blocks_are_those_that_the_mask_touches(length, reach, block):
 def test_a_step_of_assumed_data():
     config = preset("--config=configs/llama8b.py", "--config.data.layout=shared")
     shape = step_shape(config, Assumptions(examples_per_row=8))
-    assert (shape.length, shape.target_slots, shape.longest_segment) == (8192, 8192, 8192)
+    assert (shape.length, shape.target_slots, shape.longest_segment) == (8192, 8192, 2048)
+    assert step_shape(config, Assumptions(examples_per_row=1.5)).longest_segment == 8192
     assert shape.pair_slots == math.ceil(8 * 0.25 * 1.25) and shape.branch == 1
     alone = step_shape(preset("--config=configs/llama8b.py", "--config.objective.jepa.weight=0"), Assumptions())
     assert alone.pair_slots == alone.branch == 0
@@ -332,7 +333,7 @@ def test_unrolled_layers_extrapolate_to_the_loop():
 
 @pytest.mark.parity
 def test_remat_dots_does_not_run_the_attention_kernel_forward_again():
-    """A visited pair of blocks takes 2 products forward, 3 for queries and 4 for keys and values; 2 more with `full`."""
+    """A pair of blocks takes 2 products forward, 3 for queries and 4 for keys and values; 2 more with `full`."""
     pytest.importorskip("libtpu")
     dots, full = shallow(2, "dots"), shallow(2, "full")
     assert dots.timeline.kernel_flops / full.timeline.kernel_flops == pytest.approx(9 / 11)

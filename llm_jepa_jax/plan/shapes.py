@@ -10,6 +10,9 @@ from llm_jepa_jax.data.kinds import SLOT_MARGINS
 from llm_jepa_jax.data.views import branch_size
 from llm_jepa_jax.errors import UserError
 
+LANES = 128
+"""Assumed lengths are multiples of this."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
@@ -18,7 +21,7 @@ class Assumptions:
     examples_per_row: float = 8.0
     """Conversations in a row, on average."""
     longest_segment: int = 0
-    """Tokens of the longest conversation or view; 0: a whole row, which is the most attention there can be."""
+    """Tokens of the longest conversation or view; 0: twice the average conversation."""
     epoch_tokens: float = 1e9
     """Tokens of the training set."""
 
@@ -37,6 +40,8 @@ def step_shape(config: Config, assumed: Assumptions) -> RowShape:
             f"--longest_segment={assumed.longest_segment}: longer than `data.row_length`={data.row_length}; use less"
         )
     margin = SLOT_MARGINS[0]
+    average = data.row_length / assumed.examples_per_row
+    longest = assumed.longest_segment or min(data.row_length, -(-math.ceil(2 * average) // LANES) * LANES)
     share = 1.0 - objective.jepa.dropout if objective.jepa.dropout_by == "example" else 1.0
     pairs = math.ceil(assumed.examples_per_row * share * margin) if objective.jepa.weight else 0
     # Of a row's tokens, `all` makes targets of conversations; assistant turns are about half of those.
@@ -47,7 +52,7 @@ def step_shape(config: Config, assumed: Assumptions) -> RowShape:
         data.row_length,
         data.target_slots or targets,
         data.pair_slots or pairs,
-        assumed.longest_segment or data.row_length,
+        longest,
         branch_size(config) if pairs else 0,
         span_slots=spans,
     )
