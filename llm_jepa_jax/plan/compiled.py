@@ -64,7 +64,7 @@ def compile_step(config: Config, shape: RowShape, mesh: Mesh, topology: Topology
     batch = placed_batch(config.data.rows_per_step, shape, mesh)
     try:
         with jax.set_mesh(mesh):
-            step = make_train_step(factory, NUM_STEPS, shape.longest_segment)
+            step: Any = make_train_step(factory, NUM_STEPS, shape.longest_segment)
             compiled = step.lower(factory.abstract, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

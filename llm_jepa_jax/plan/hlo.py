@@ -169,7 +169,8 @@ def parse(text: str) -> Module:
         ValueError: it has no entry computation.
     """
     computations: dict[str, Computation] = {}
-    entry, name, lines = "", "", []
+    entry, name = "", ""
+    lines: list[str] = []
     for line in _joined(text):
         opened = COMPUTATION.match(line)
         if opened:

@@ -5,9 +5,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
 
 from llm_jepa_jax.plan.topology import Topology
 from llm_jepa_jax.plan.work import Collective
@@ -109,7 +109,7 @@ def exchange_seconds(route: Route, kind: str, num_bytes: float) -> float:
     return inside + (between / route.dcn if between else 0.0) + times * latency
 
 
-def mesh_links(topology: Topology, mesh: Mesh | AbstractMesh) -> Links:
+def mesh_links(topology: Topology, mesh: Any) -> Links:
     """The links under a mesh over the topology's devices."""
     if topology.chip.torus:
         places = [

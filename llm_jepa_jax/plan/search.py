@@ -6,8 +6,6 @@ import itertools
 import logging
 from typing import Any
 
-from jax.sharding import AbstractMesh, Mesh
-
 from llm_jepa_jax.batch import RowShape
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.errors import UserError
@@ -36,7 +34,7 @@ class Candidate:
     """One way to run the configuration."""
 
     config: Config
-    mesh: Mesh | AbstractMesh
+    mesh: Any
     memory: Memory
     timeline: Timeline
     how: str = "arithmetic"
@@ -74,9 +72,7 @@ KEYS = {
 """What the search chooses."""
 
 
-def by_arithmetic(
-    config: Config, shape: RowShape, topology: Topology, mesh: Mesh | AbstractMesh, state: Any = None
-) -> Candidate:
+def by_arithmetic(config: Config, shape: RowShape, topology: Topology, mesh: Any, state: Any = None) -> Candidate:
     """A candidate without compilation."""
     state = state or state_factory(config, mesh, NUM_STEPS).abstract
     sizes = dict(mesh.shape)
@@ -111,7 +107,7 @@ def candidates(config: Config, shape: RowShape, topology: Topology, devices: Any
     return sorted(found, key=lambda each: (not each.memory.fits, each.timeline.seconds or each.memory.peak))
 
 
-def _on_mesh(config: Config, shape: RowShape, topology: Topology, mesh: Mesh | AbstractMesh) -> list[Candidate]:
+def _on_mesh(config: Config, shape: RowShape, topology: Topology, mesh: Any) -> list[Candidate]:
     """The candidates of one mesh."""
     found, state = [], None
     rows = config.data.rows_per_step // (mesh.size // mesh.shape["tensor"])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 
 from llm_jepa_jax.config import MeshConfig
 from llm_jepa_jax.errors import UserError
@@ -154,7 +154,7 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0][:200]
 
 
-def plan_mesh(config: MeshConfig, topology: Topology, devices: Sequence[Any]) -> Mesh | AbstractMesh:
+def plan_mesh(config: MeshConfig, topology: Topology, devices: Sequence[Any]) -> Any:
     """The mesh over a topology's devices; where nothing is compiled, its sizes and names alone.
 
     Raises:
@@ -166,8 +166,8 @@ def plan_mesh(config: MeshConfig, topology: Topology, devices: Sequence[Any]) ->
     try:
         return make_mesh(config, devices)
     except (NotImplementedError, ValueError) as error:
-        sizes = " x ".join(str(size) for size in mesh_shape(config, topology.num_devices))
+        words = " x ".join(str(size) for size in mesh_shape(config, topology.num_devices))
         raise UserError(
-            f"--topology={topology.name}: a mesh of {sizes} devices cannot be laid on its torus; make each axis a "
+            f"--topology={topology.name}: a mesh of {words} devices cannot be laid on its torus; make each axis a "
             f"product of some of its sizes {topology.shape}"
         ) from error
