@@ -99,16 +99,20 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 
 PRODUCT = "product"
-"""Name of every linear layer's output, by which remat policies find it: they do not look inside a `custom_vjp`."""
+"""Name of a linear layer's output, by which remat policies find it: they do not look inside a `custom_vjp`."""
 
 
 ATTENTION = "attention"
 """Name of what an attention kernel's backward pass wants again: its result and the logarithms of its denominators."""
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with, named `PRODUCT`; [..., *Out]."""
-    return checkpoint_name(_linear(x, weight), PRODUCT)
+HIDDEN = "hidden"
+"""Name of the products that make the MLP's hidden layer: the widest of a block, and cheap to compute again."""
+
+
+def linear(x: jax.Array, weight: jax.Array, name: str = PRODUCT) -> jax.Array:
+    """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with, named for remat; [..., *Out]."""
+    return checkpoint_name(_linear(x, weight), name)
 
 
 @jax.custom_vjp

@@ -20,7 +20,7 @@ ELEMENTWISE = 40
 """How often a block, forward and backward, reads or writes an array of the residual stream's size."""
 LIVE_LAYERS = 2
 """Layers whose gathered weights are held at one time."""
-KEPT = {"full": 1.0, "dots": 2.0, "none": 8.0}
+KEPT = {"full": 1.0, "hidden": 2.0, "dots": 2.0, "none": 20.0}
 """Arrays of the residual stream's size that a layer keeps beside its products' outputs."""
 AT_RISK = 0.5
 """Share of the exchanges' time that is expected to be waited for."""
@@ -54,10 +54,20 @@ def layer_weights(model: ModelConfig) -> int:
     return attention + (3 if model.mlp_gated else 2) * model.embed_dim * model.mlp_dim
 
 
-def product_widths(model: ModelConfig) -> int:
-    """Values a token that the products of one block give: what remat `dots` keeps."""
-    heads = model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
-    return heads + 2 * model.embed_dim + (2 if model.mlp_gated else 1) * model.mlp_dim
+def product_widths(model: ModelConfig, remat: str = "dots") -> int:
+    """Values a token of a block that a remat policy keeps beside the residual stream: what its products give."""
+    if remat == "full":
+        return 0
+    heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)  # queries, keys, values, what they mix to
+    hidden = 0 if remat == "hidden" else (2 if model.mlp_gated else 1) * model.mlp_dim
+    return heads + 2 * model.embed_dim + hidden
+
+
+def repeated_weights(model: ModelConfig, remat: str) -> int:
+    """Parameters of the products that the backward pass runs forward again."""
+    if remat == "full":
+        return layer_weights(model)
+    return (2 if model.mlp_gated else 1) * model.embed_dim * model.mlp_dim if remat == "hidden" else 0
 
 
 def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int], available: float) -> Memory:
@@ -66,8 +76,7 @@ def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int],
     width = 2 if config.train.dtype == "bfloat16" else 4
     residual = size.tokens * model.embed_dim * width
     activations = model.num_layers * KEPT[config.train.remat] * residual
-    if config.train.remat != "full":
-        activations += model.num_layers * size.tokens * product_widths(model) / size.tensor * width
+    activations += model.num_layers * size.tokens * product_widths(model, config.train.remat) / size.tensor * width
     kinds = state_bytes(state)
     gradients = kinds["parameters"]
     head = model.embed_dim * model.vocab_size / size.tensor
@@ -83,14 +92,15 @@ def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int],
 def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Links, mesh: dict[str, int]) -> Timeline:
     """The time of a step."""
     model, size, chip = config.model, sizes_of(config, shape, mesh), topology.chip
-    again = config.train.remat == "full"
-    timeline = Timeline()
-    layers = 2.0 * size.tokens * model.num_layers * layer_weights(model) / size.tensor * (4 if again else 3)
+    timeline, remat = Timeline(), config.train.remat
+    weights = 3 * layer_weights(model) + repeated_weights(model, remat)
+    layers = 2.0 * size.tokens * model.num_layers * weights / size.tensor
     head = 6.0 * size.targets * model.embed_dim * model.vocab_size / size.tensor
     timeline.product_flops = size.parts * (layers + head)
     block = block_sizes(shape.length, shape.longest_segment).block_q if shape.length % 128 == 0 else 64
     pairs = size.rows * model.num_heads / size.tensor * visited(shape.length, shape.longest_segment, block)
-    passes = {"fwd": 2.0 * (1 if config.train.remat == "none" else 2), "bwd": 7.0}
+    kept = remat == "none" or (remat != "full" and chip.platform == "tpu")
+    passes = {"fwd": 2.0 if kept else 4.0, "bwd": 7.0}
     kernels = {name: 2.0 * model.head_dim * pairs * products * model.num_layers for name, products in passes.items()}
     timeline.kernel_flops = size.parts * sum(kernels.values())
     width = 2 if config.train.dtype == "bfloat16" else 4

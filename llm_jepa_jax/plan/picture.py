@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MOST_BARS = 10
+LEAST_SHARE = 0.003
+"""Share of a bar below which a kind of memory is not drawn."""
 COLOURS = plt.get_cmap("tab10")
 
 
@@ -27,7 +29,8 @@ def draw(result: dict[str, Any], memories: list[tuple[str, dict[str, float]]], p
 
 
 def _memory(axis: Any, result: dict[str, Any], memories: list[tuple[str, dict[str, float]]]) -> None:
-    kinds = [kind for kind in memories[0][1] if any(sizes[kind] for _, sizes in memories)]
+    seen = [(kind, max(sizes[kind] / sum(sizes.values()) for _, sizes in memories)) for kind in memories[0][1]]
+    kinds = [kind for kind, share in seen if share > LEAST_SHARE]
     left = [0.0] * len(memories)
     names = [name for name, _ in memories]
     for number, kind in enumerate(kinds):

@@ -113,7 +113,7 @@ def _on_mesh(config: Config, shape: RowShape, topology: Topology, mesh: Any) -> 
     rows = config.data.rows_per_step // (mesh.size // mesh.shape["tensor"])
     parts = [part for part in (1, 2, 4, 8, 16, 32) if rows and rows % part == 0]
     chunks = sorted({config.objective.head_chunk, *CHUNKS}) if topology.chip.peak else [config.objective.head_chunk]
-    for part, remat, chunk in itertools.product(parts, ("none", "dots", "full"), chunks):
+    for part, remat, chunk in itertools.product(parts, ("none", "dots", "hidden", "full"), chunks):
         changed = dataclasses.replace(
             config,
             train=dataclasses.replace(config.train, micro_batches=part, remat=remat),
