@@ -308,9 +308,9 @@ def test_planning_without_the_compiler_says_what_to_install(monkeypatch, tmp_pat
 def shallow(layers, remat="none"):
     """Estimated seconds of a step of a model with so many layers, compiled for four v5p chips."""
     config = preset(
-        "--config=configs/llama1b.py", "--config.data.row_length=2048", "--config.data.rows_per_step=4",
-        "--config.model.vocab_size=8192", "--config.model.embed_dim=1024", "--config.model.num_heads=8",
-        "--config.model.num_kv_heads=4", "--config.model.head_dim=128", "--config.model.mlp_dim=4096",
+        "--config=configs/llama1b.py", "--config.data.row_length=1024", "--config.data.rows_per_step=16",
+        "--config.model.vocab_size=4096", "--config.model.embed_dim=512", "--config.model.num_heads=4",
+        "--config.model.num_kv_heads=2", "--config.model.head_dim=128", "--config.model.mlp_dim=2048",
         f"--config.model.num_layers={layers}", f"--config.train.remat={remat}", "--config.objective.head_chunk=2048",
     )  # fmt: skip
     topology = parse_topology("v5p:2x2x1")

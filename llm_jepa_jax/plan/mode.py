@@ -52,7 +52,7 @@ def plan(values: ml_collections.ConfigDict, workdir: pathlib.Path, asked: PlanFl
         raise UserError("--mode=plan: no topology; pass --topology, such as v5p:4x4x4, v6e:16x16, cpu:8 or gpu:h100x64")
     topology = parse_topology(asked.topology)
     prepare_environment(topology)
-    config = _with_rows(freeze(values))
+    config = _with_vocabulary(freeze(values))
     shape = step_shape(config, asked.assumed)
     chosen, compared = _candidates(config, shape, topology, asked)
     result = as_dict(chosen, config, shape, topology, asked.assumed, asked.chip_hour_price, compared)
@@ -97,7 +97,7 @@ def _compiled_already(candidate: Candidate, done: list[Candidate]) -> bool:
     return any(each.config == candidate.config for each in done)
 
 
-def _with_rows(config: Config) -> Config:
+def _with_vocabulary(config: Config) -> Config:
     """The vocabulary where the configuration leaves it to the tokenizer."""
     return with_vocabulary(config, config.text.vocab_size if not config.model.vocab_size else 0, 1)
 

@@ -4,6 +4,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 from typing import Any
 
 from llm_jepa_jax.batch import RowShape
@@ -93,12 +94,13 @@ def by_compiler(candidate: Candidate, shape: RowShape, topology: Topology) -> Ca
 def candidates(config: Config, shape: RowShape, topology: Topology, devices: Any) -> list[Candidate]:
     """All ways to run the configuration that its checks allow, fastest first by arithmetic; those that fit in front."""
     found = []
+    chosen = ("data", "fsdp", "tensor")
+    fixed = [getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh) if field.name not in chosen]
     for fsdp, tensor in itertools.product(SIZES, TENSOR_SIZES):
-        if topology.num_devices % (fsdp * tensor):
+        taken = fsdp * tensor * math.prod(fixed)
+        if topology.num_devices % taken or config.model.vocab_size % tensor:
             continue
-        wanted = dataclasses.replace(
-            config.mesh, data=topology.num_devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor
-        )
+        wanted = dataclasses.replace(config.mesh, data=topology.num_devices // taken, fsdp=fsdp, tensor=tensor)
         try:
             mesh = plan_mesh(wanted, topology, devices)
         except UserError:  # not a shape of this torus
