@@ -14,8 +14,8 @@ from llm_jepa_jax.plan.memory import Memory, state_bytes
 from llm_jepa_jax.plan.schedule import Timeline, Traffic
 from llm_jepa_jax.plan.topology import Topology
 
-PRODUCT_SHARE = 0.8
-"""Share of the peak that large matrix products reach in compiled steps (v5p: 0.77 to 0.87 by the compiler's cycles)."""
+PRODUCT_SHARE = 0.75
+"""Share of the peak that large matrix products reach in compiled steps (v5p: 0.7 to 0.87 by the compiler's cycles)."""
 ELEMENTWISE = 40
 """How often a block, forward and backward, reads or writes an array of the residual stream's size."""
 LIVE_LAYERS = 2
