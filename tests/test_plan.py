@@ -17,7 +17,7 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.main import parse, run
 from llm_jepa_jax.plan import hlo, work
 from llm_jepa_jax.plan.chips import CHIPS
-from llm_jepa_jax.plan.compiled import Compiled, compile_step
+from llm_jepa_jax.plan.compiled import Compiled, bytes_needed, compile_step
 from llm_jepa_jax.plan.kernels import visited
 from llm_jepa_jax.plan.links import Links, exchange_seconds
 from llm_jepa_jax.plan.memory import leaf_bytes, state_bytes
@@ -248,6 +248,30 @@ def test_the_search_prefers_what_fits_and_is_fast():
     assert all(a.timeline.seconds <= b.timeline.seconds for a, b in zip(fitting, fitting[1:], strict=False))
     whole = [each for each in found if each.mesh.shape["fsdp"] * each.mesh.shape["tensor"] == 1]
     assert not any(each.fits for each in whole)  # 8 billion parameters with AdamW take 96 GB on one device
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 120.50G of 95.74G hbm. Exceeded by 24.76G.", 120.5),
+        ("RESOURCE_EXHAUSTED: total memory for HLO temporaries (768.00G) exceeds available HBM (30.75G).", 768.0),
+        ("RESOURCE_EXHAUSTED: something else", 0.0),
+    ],
+)
+def test_the_compiler_says_by_how_much_a_program_is_too_large(message, gib):
+    assert bytes_needed(message) == gib * 2**30
+
+
+def test_a_plan_for_gpus_has_a_price_and_what_does_not_fit_has_advice(tmp_path):
+    values = parse(["main", "--config=configs/llama1b.py", "--config.data.rows_per_step=16"]).config
+    fits = plan(values, tmp_path, PlanFlags("gpu:h100x8", chip_hour_price=2.0, assumed=Assumptions(epoch_tokens=1e8)))
+    assert fits["fits"] and fits["how"] == "arithmetic" and 0.2 < fits["estimated_mfu"] < 0.8
+    assert fits["cost_per_epoch"] == pytest.approx(2 * fits["chip_hours_per_epoch"], abs=0.02)
+    assert "--config.mesh.fsdp=" in fits["override"]
+    large = parse(["main", "--config=configs/llama8b.py", "--config.data.rows_per_step=16"]).config
+    small = plan(large, tmp_path, PlanFlags("gpu:a100x1"))
+    assert not small["fits"] and small["estimated_mfu"] is None
+    assert "GiB too much" in small["advice"] and "more chips" in small["advice"]
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def compile_step(config: Config, shape: RowShape, mesh: Mesh, topology: Topology
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return TooLarge(_needed(str(error)), topology.chip.hbm, time.monotonic() - start)
+        return TooLarge(bytes_needed(str(error)), topology.chip.hbm, time.monotonic() - start)
     seconds = time.monotonic() - start
     return read(compiled, config, shape, factory, batch, topology, seconds)
 
@@ -105,7 +105,8 @@ def _chunks(config: Config, shape: RowShape, mesh: Mesh) -> Any:
     return trips
 
 
-def _needed(message: str) -> float:
+def bytes_needed(message: str) -> float:
+    """What a program would take, by the compiler's words when it does not fit; 0: it does not say."""
     found = TOO_LARGE.search(message)
     if not found:
         return 0.0
