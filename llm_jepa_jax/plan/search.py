@@ -92,7 +92,7 @@ def by_compiler(candidate: Candidate, shape: RowShape, topology: Topology) -> Ca
 
 
 def candidates(config: Config, shape: RowShape, topology: Topology, devices: Any) -> list[Candidate]:
-    """All ways to run the configuration that its checks allow, fastest first by arithmetic; those that fit in front."""
+    """All ways to run the configuration that its checks allow, by arithmetic: the fastest that fits first."""
     found = []
     chosen = ("data", "fsdp", "tensor")
     fixed = [getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh) if field.name not in chosen]
@@ -106,7 +106,13 @@ def candidates(config: Config, shape: RowShape, topology: Topology, devices: Any
         except UserError:  # not a shape of this torus
             continue
         found += _on_mesh(dataclasses.replace(config, mesh=wanted), shape, topology, mesh)
-    return sorted(found, key=lambda each: (not each.memory.fits, each.timeline.seconds or each.memory.peak))
+    return sorted(found, key=_order)
+
+
+def _order(candidate: Candidate) -> tuple[bool, float]:
+    """What fits by its time, behind it what does not by its memory: the nearest to fitting first."""
+    seconds = candidate.timeline.seconds if candidate.fits else 0.0
+    return not candidate.fits, seconds or candidate.memory.peak
 
 
 def _on_mesh(config: Config, shape: RowShape, topology: Topology, mesh: Any) -> list[Candidate]:
@@ -166,7 +172,7 @@ def search(
                 result.timeline.seconds,
                 result.compile_seconds,
             )
-    return sorted(done, key=lambda one: (not one.fits, one.timeline.seconds or one.memory.peak)), ranked
+    return sorted(done, key=_order), ranked
 
 
 def _words(config: Config) -> str:
