@@ -118,17 +118,16 @@ def override(candidate: Candidate, given: Config) -> str:
 def advice(candidate: Candidate, topology: Topology) -> str:
     """By how much a step does not fit, and what would help most."""
     memory, available = candidate.memory, topology.chip.hbm
-    needed = max(candidate.too_large.needed if candidate.too_large else memory.peak, memory.peak)
+    needed = candidate.too_large.needed if candidate.too_large else memory.peak
     largest = max(KINDS, key=lambda kind: getattr(memory, kind))
-    config = candidate.config
+    remat = candidate.config.train.remat
+    less = {"none": "train.remat=dots or hidden", "dots": "train.remat=hidden or full", "hidden": "train.remat=full"}
     helps = {
         "parameters": "more chips, or a larger mesh.fsdp or mesh.tensor",
         "frozen": "more chips, or a larger mesh.fsdp or mesh.tensor",
         "optimizer": "more chips, opt.second_moment=factored or opt.first_moment_dtype=bfloat16",
         "batch": "fewer data.rows_per_step",
-        "activations": "train.remat=full"
-        if config.train.remat != "full"
-        else "more train.micro_batches, a larger mesh.tensor or a shorter data.row_length",
+        "activations": less.get(remat, "more train.micro_batches, a larger mesh.tensor or a shorter data.row_length"),
         "gradients": "a larger mesh.fsdp or mesh.tensor, or more chips",
         "temporaries": "a larger mesh.tensor, a smaller objective.head_chunk or a shorter data.row_length",
     }
