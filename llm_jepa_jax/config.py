@@ -236,8 +236,9 @@ class TrainConfig:
     micro_batches: int = key(1, "parts a step's rows are cut into; gradients are added by weight")
     remat: str = key(
         "none",
-        "what the backward pass recomputes: `none`, `dots` (keeps matmul outputs), `full` (keeps block inputs)",
-        choices=("none", "dots", "full"),
+        "what the backward pass recomputes: `none`, `dots` (keeps matmul outputs), `hidden` (of those all but the "
+        "MLP's hidden layer), `full` (keeps block inputs)",
+        choices=("none", "dots", "hidden", "full"),
     )
     attention: str = key(
         "auto",

@@ -18,13 +18,15 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.huge_pages import use_huge_pages
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-MODES = ("train", "eval", "generate", "export", "verify", "inspect")
+MODES = ("train", "eval", "generate", "export", "verify", "inspect", "plan")
 FORMATS = ("merged", "peft")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
 FLAGS_OF_MODES = {
     "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify"), "against": ("verify",),
     "max_positions": ("verify",), "dtype": ("export",), "shard_bytes": ("export",), "predictor_rows": ("export",),
-    "format": ("export",),
+    "format": ("export",), "topology": ("plan",), "search": ("plan",), "compiles": ("plan",),
+    "chip_hour_price": ("plan",), "examples_per_row": ("plan",), "longest_segment": ("plan",),
+    "epoch_tokens": ("plan",),
 }  # fmt: skip
 """Flags that not every mode takes."""
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -59,7 +61,21 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_integer("num_processes", None, "how many run as one", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all of them", lower_bound=1, flag_values=values)
+    _define_plan_flags(values)
     flags.DEFINE_bool("debug", False, "show the stack trace of an error", flag_values=values)
+
+
+def _define_plan_flags(values: flags.FlagValues) -> None:
+    number, whole, yes = flags.DEFINE_float, flags.DEFINE_integer, flags.DEFINE_bool
+    flags.DEFINE_string("topology", "", "plan: such as v5p:4x4x4, v6e:16x16, cpu:8, gpu:h100x64", flag_values=values)
+    yes("search", True, "plan: choose mesh, micro-batches, remat and head chunk, not as configured", flag_values=values)
+    whole("compiles", 2, "plan: programs that the search compiles", lower_bound=1, flag_values=values)
+    number("chip_hour_price", 0.0, "plan: price of a chip-hour; 0: none", lower_bound=0.0, flag_values=values)
+    number("examples_per_row", 8.0, "plan: conversations in a row that are assumed", flag_values=values)
+    whole(
+        "longest_segment", 0, "plan: tokens of the longest one; 0: twice the average", lower_bound=0, flag_values=values
+    )
+    number("epoch_tokens", 1e9, "plan: tokens of the training set", lower_bound=1.0, flag_values=values)
 
 
 def _config_argument(argv: list[str]) -> str | None:
@@ -144,6 +160,10 @@ def run(argv: list[str]) -> dict[str, object]:
     values = parse(argv)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read an absl flag
+    if values.mode == "plan":
+        from llm_jepa_jax.plan.mode import plan_from_flags  # before JAX starts: it chooses the devices to describe
+
+        return plan_from_flags(values, pathlib.Path(values.workdir))
     from llm_jepa_jax.parallel.processes import joined  # JAX starts here, after wrong flags have been refused
 
     with joined(values.coordinator, values.num_processes, values.process_id, values.start_timeout):

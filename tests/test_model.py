@@ -124,7 +124,7 @@ def test_linear_has_the_gradient_of_its_einsum():
     chex.assert_trees_all_close(ours, plain, rtol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "hidden", "full"])
 def test_remat_changes_nothing(remat):
     row = packed()
 

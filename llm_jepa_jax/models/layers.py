@@ -16,6 +16,8 @@ from llm_jepa_jax.models.attention.dispatch import attend_rows
 from llm_jepa_jax.models.attention.xla import seen_back
 from llm_jepa_jax.models.ops import (
     ACTIVATIONS,
+    HIDDEN,
+    PRODUCT,
     Adapter,
     adapter_names,
     apply_rotary,
@@ -146,11 +148,12 @@ class DecoderModule(nn.Module):
         axes: tuple[str, ...],
         bias: bool,
         depth_scaled: bool = False,
+        kept_as: str = PRODUCT,
     ) -> jax.Array:
-        """A linear layer in the type of `x`, over all axes that `x` has behind [R, L]."""
+        """A linear layer in the type of `x`, over all axes `x` has behind [R, L]; `kept_as`: its name for remat."""
         weight = self.weight(name, shape, axes, depth_scaled)
         weight = weight if isinstance(weight, Quantized) else weight.astype(x.dtype)
-        out = linear(x, weight, self._adapter(name, x))
+        out = linear(x, weight, self._adapter(name, x), kept_as)
         if not bias:
             return out
         return out + self.vector(f"{name}_bias", shape[x.ndim - 2 :], "bias", 0.0).astype(x.dtype)
@@ -254,10 +257,10 @@ class Block(DecoderModule):
         config = self.config
         act, bias, shape = ACTIVATIONS[config.activation], config.mlp_bias, (config.embed_dim, config.mlp_dim)
         if config.mlp_gated:
-            gate = self.linear("gate", normed_RxLxD, shape, ("embed", "mlp"), bias)
-            inner = act(gate) * self.linear("up", normed_RxLxD, shape, ("embed", "mlp"), bias)
+            gate = self.linear("gate", normed_RxLxD, shape, ("embed", "mlp"), bias, kept_as=HIDDEN)
+            inner = act(gate) * self.linear("up", normed_RxLxD, shape, ("embed", "mlp"), bias, kept_as=HIDDEN)
         else:
-            inner = act(self.linear("up", normed_RxLxD, shape, ("embed", "mlp"), bias))
+            inner = act(self.linear("up", normed_RxLxD, shape, ("embed", "mlp"), bias, kept_as=HIDDEN))
         inner = constrain(inner, "rows", "length", "mlp")
         return self.linear("down", inner, shape[::-1], ("mlp", "embed"), bias, depth_scaled=True)
 

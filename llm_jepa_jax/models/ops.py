@@ -131,7 +131,15 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
 
 
 PRODUCT = "product"
-"""Name of every linear layer's output, by which remat policies find it: they do not look inside a `custom_vjp`."""
+"""Name of a linear layer's output, by which remat policies find it: they do not look inside a `custom_vjp`."""
+
+
+ATTENTION = "attention"
+"""Name of what an attention kernel's backward pass wants again: its result and the logarithms of its denominators."""
+
+
+HIDDEN = "hidden"
+"""Name of the products that make the MLP's hidden layer: the widest of a block, and cheap to compute again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +161,8 @@ def adapter_names(name: str) -> tuple[str, str, str]:
     return f"{name}_lora_a", f"{name}_lora_b", f"{name}_lora_scale"
 
 
-def linear(x: jax.Array, weight: Weight, adapter: Adapter | None = None) -> jax.Array:
-    """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with, named `PRODUCT`; [..., *Out].
+def linear(x: jax.Array, weight: Weight, adapter: Adapter | None = None, name: str = PRODUCT) -> jax.Array:
+    """`x [..., *In] @ weight [*In, *Out]` over all axes of In that `x` ends with, named for remat; [..., *Out].
 
     With an adapter, scale · x A B is added; W + A B never exists. A weight that nobody differentiates by costs no
     gradient, and nothing is kept for one: not `x`, and of a quantised weight only what it is stored as.
@@ -163,7 +171,7 @@ def linear(x: jax.Array, weight: Weight, adapter: Adapter | None = None) -> jax.
     if adapter is not None:
         inner = checkpoint_name(_linear(adapter.x, adapter.a), PRODUCT)
         out = out + _linear(inner, adapter.b) * adapter.scale
-    return checkpoint_name(out, PRODUCT)
+    return checkpoint_name(out, name)
 
 
 @jax.custom_vjp

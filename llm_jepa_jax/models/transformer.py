@@ -20,11 +20,12 @@ from flax import linen as nn
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.adding import run_adding
 from llm_jepa_jax.models.layers import BLOCKS, Cache, Carry, DecoderModule, Decoding, Layout, SeparateLayers
-from llm_jepa_jax.models.ops import PRODUCT, rotary_tables
+from llm_jepa_jax.models.ops import ATTENTION, HIDDEN, PRODUCT, rotary_tables
 from llm_jepa_jax.parallel.sharding import constrain
 
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, HIDDEN, ATTENTION),
+    "hidden": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 State = tuple[int, bool]

@@ -5,6 +5,8 @@ import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from llm_jepa_jax.models.ops import ATTENTION
+
 LANES = 128
 """Row lengths and blocks are multiples of this."""
 LARGEST_BLOCK = 512
@@ -44,6 +46,7 @@ def _kernel(length: int, heads: int, reach: int, soft_cap: float, interpret: boo
         attn_logits_soft_cap=soft_cap or None,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
 

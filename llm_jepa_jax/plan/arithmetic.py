@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step's time and memory without a compiler, from the model's shapes: for GPUs, and to choose what to compile."""
+
+import dataclasses
+import math
+from typing import Any
+
+from llm_jepa_jax.batch import RowShape
+from llm_jepa_jax.config import Config, ModelConfig
+from llm_jepa_jax.models.attention.splash import block_sizes
+from llm_jepa_jax.plan.kernels import visited
+from llm_jepa_jax.plan.links import Links, exchange_seconds
+from llm_jepa_jax.plan.memory import Memory, state_bytes
+from llm_jepa_jax.plan.schedule import Timeline, Traffic
+from llm_jepa_jax.plan.topology import Topology
+
+PRODUCT_SHARE = 0.75
+"""Share of the peak that large matrix products reach in compiled steps (v5p: 0.7 to 0.87 by the compiler's cycles)."""
+ELEMENTWISE = 40
+"""How often a block, forward and backward, reads or writes an array of the residual stream's size."""
+LIVE_LAYERS = 2
+"""Layers whose gathered weights are held at one time."""
+KEPT = {"full": 1.0, "hidden": 2.0, "dots": 2.0, "none": 20.0}
+"""Arrays of the residual stream's size that a layer keeps beside its products' outputs."""
+AT_RISK = 0.5
+"""Share of the exchanges' time that is expected to be waited for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """One device's part of a micro-batch."""
+
+    tokens: float
+    targets: float
+    rows: float
+    tensor: int
+    fsdp: int
+    data: int
+    parts: int
+
+
+def sizes_of(config: Config, shape: RowShape, mesh: dict[str, int]) -> Sizes:
+    """What one device computes of one micro-batch."""
+    tensor, fsdp = mesh.get("tensor", 1), mesh.get("fsdp", 1)
+    data = math.prod(size for axis, size in mesh.items() if axis not in ("tensor", "fsdp"))
+    parts = config.train.micro_batches
+    rows = config.data.rows_per_step / parts / (data * fsdp)
+    return Sizes(rows * shape.width, rows * shape.target_slots, rows, tensor, fsdp, data, parts)
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Parameters of the matrices of one block."""
+    attention = model.embed_dim * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
+    return attention + (3 if model.mlp_gated else 2) * model.embed_dim * model.mlp_dim
+
+
+def product_widths(model: ModelConfig, remat: str = "dots") -> int:
+    """Values a token of a block that a remat policy keeps beside the residual stream: what its products give."""
+    if remat == "full":
+        return 0
+    heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)  # queries, keys, values, what they mix to
+    hidden = 0 if remat == "hidden" else (2 if model.mlp_gated else 1) * model.mlp_dim
+    return heads + 2 * model.embed_dim + hidden
+
+
+def repeated_weights(model: ModelConfig, remat: str) -> int:
+    """Parameters of the products that the backward pass runs forward again."""
+    if remat == "full":
+        return layer_weights(model)
+    return (2 if model.mlp_gated else 1) * model.embed_dim * model.mlp_dim if remat == "hidden" else 0
+
+
+def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int], available: float) -> Memory:
+    """The memory of a step; the state exactly, the rest by the largest things that live at one time."""
+    model, size = config.model, sizes_of(config, shape, mesh)
+    width = 2 if config.train.dtype == "bfloat16" else 4
+    residual = size.tokens * model.embed_dim * width
+    activations = model.num_layers * KEPT[config.train.remat] * residual
+    activations += model.num_layers * size.tokens * product_widths(model, config.train.remat) / size.tensor * width
+    kinds = state_bytes(state)
+    gradients = kinds["parameters"]
+    head = model.embed_dim * model.vocab_size / size.tensor
+    chunk = min(config.objective.head_chunk, size.targets) * model.vocab_size / size.tensor
+    layers = LIVE_LAYERS * layer_weights(model) / size.tensor * width
+    inner = size.tokens * (3 * product_widths(model) / size.tensor + 6 * model.embed_dim) * width
+    temporaries = max(head * (width + 4 + 4) + chunk * 8, layers + inner)
+    rows = 4.0 * size.rows * size.parts * (3 * shape.width + 3 * shape.target_slots)
+    return Memory(**kinds, batch=rows, activations=activations, gradients=gradients, temporaries=temporaries,
+                  available=available)  # fmt: skip
+
+
+def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Links, mesh: dict[str, int]) -> Timeline:
+    """The time of a step."""
+    model, size, chip = config.model, sizes_of(config, shape, mesh), topology.chip
+    timeline, remat = Timeline(), config.train.remat
+    weights = 3 * layer_weights(model) + repeated_weights(model, remat)
+    layers = 2.0 * size.tokens * model.num_layers * weights / size.tensor
+    head = 6.0 * size.targets * model.embed_dim * model.vocab_size / size.tensor
+    timeline.product_flops = size.parts * (layers + head)
+    block = block_sizes(shape.length, shape.longest_segment).block_q if shape.length % 128 == 0 else 64
+    pairs = size.rows * model.num_heads / size.tensor * visited(shape.length, shape.longest_segment, block)
+    kept = remat == "none" or (remat != "full" and chip.platform == "tpu")
+    passes = {"fwd": 2.0 if kept else 4.0, "bwd": 7.0}
+    kernels = {name: 2.0 * model.head_dim * pairs * products * model.num_layers for name, products in passes.items()}
+    timeline.kernel_flops = size.parts * sum(kernels.values())
+    width = 2 if config.train.dtype == "bfloat16" else 4
+    elementwise = model.num_layers * ELEMENTWISE * size.tokens * model.embed_dim * width
+    chunks = math.ceil(size.targets / config.objective.head_chunk)
+    head_sums = 8.0 * chunks * model.embed_dim * model.vocab_size / size.tensor  # each chunk reads and writes them
+    timeline.hbm_bytes = size.parts * (elementwise + head_sums)
+    if chip.peak:
+        timeline.compute = (
+            timeline.product_flops / (chip.peak * PRODUCT_SHARE) + timeline.hbm_bytes / chip.hbm_bandwidth
+        )
+        shares = (chip.attention.forward, chip.attention.backward)
+        timeline.kernels = size.parts * sum(
+            flops / (chip.peak * share) for flops, share in zip(kernels.values(), shares, strict=True)
+        )
+    _add_exchanges(timeline, config, size, links, mesh, width)
+    return timeline
+
+
+def _add_exchanges(
+    timeline: Timeline, config: Config, size: Sizes, links: Links, mesh: dict[str, int], width: int
+) -> None:
+    model = config.model
+    weights = (model.num_layers * layer_weights(model) + model.embed_dim * model.vocab_size) / size.tensor
+    residual = size.tokens * model.embed_dim * width
+    again = config.train.remat != "none"
+    exchanges = {
+        ("fsdp", "all-gather"): (2 * weights * width * size.parts, 2 * model.num_layers * size.parts),
+        ("fsdp", "reduce-scatter"): (weights * width * size.parts, model.num_layers * size.parts),
+        ("data", "all-reduce"): (weights / size.fsdp * 4, model.num_layers),
+        ("tensor", "all-reduce"): (
+            residual * model.num_layers * (6 if again else 4) * size.parts, 4 * model.num_layers * size.parts,
+        ),
+    }  # fmt: skip
+    for (axis, kind), (num_bytes, count) in exchanges.items():
+        if mesh.get(axis, 1) == 1:
+            continue
+        route = links.route(_group(mesh, axis))
+        # On three torus dimensions at a time the compiler gathers by all-reduce (libtpu 0.0.42): twice the bytes sent.
+        by_sum = route.name.count("ring") + route.name.count("row") > 2 and kind != "all-reduce"
+        seconds = count * exchange_seconds(route, "all-reduce" if by_sum else kind, num_bytes / count)
+        exposed = AT_RISK * seconds
+        timeline.exposed += exposed
+        timeline.traffic[(route.axes, route.name, kind)] = Traffic(num_bytes, seconds, exposed, int(count))
+
+
+def _group(mesh: dict[str, int], axis: str) -> tuple[int, ...]:
+    """The devices (places in the mesh) of the first group along an axis."""
+    names = list(mesh)
+    stride = math.prod(mesh[name] for name in names[names.index(axis) + 1 :])
+    return tuple(stride * step for step in range(mesh[axis]))
