@@ -27,7 +27,7 @@ stop      SIGTERM to the run: it saves and ends       delete   gives the TPUs ba
 --delete-after          train: give the TPUs back when the run has ended
 --dry-run               show the commands, run none
 
-Every value arrives as it is typed, whatever characters it holds. --workdir must be gs://… or an absolute path on a file
+Every value arrives as it is typed, whatever characters it holds. --workdir must be an absolute path on a file
 system that all workers mount and that outlives them.
 TEXT
 }

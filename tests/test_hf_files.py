@@ -17,8 +17,9 @@ import llm_jepa_jax as lj
 from llm_jepa_jax.checkpoint.hf_directory import INDEX, SINGLE, open_directory
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings, export
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
+from llm_jepa_jax.checkpoint.initial import initial_tokenizer, open_initial
 from llm_jepa_jax.checkpoint.safetensors import StoredTensor, Writer, read_header
-from llm_jepa_jax.config import MeshConfig, ModelConfig
+from llm_jepa_jax.config import Config, InitConfig, MeshConfig, ModelConfig
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.main import run
 from llm_jepa_jax.models.families.registry import family_of, read_model
@@ -328,8 +329,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     family = write_family("qwen3", tmp_path)
     files = {name: (family / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
     write(tmp_path / "m", dataclasses.replace(MODEL, vocab_size=900), files=files)
+    config = Config(init=InitConfig(checkpoint=str(tmp_path / "m")))
     with pytest.raises(UserError, match=r"its tokenizer has \d+ ids and its embedding 900 rows, so they are of differ"):
-        run([*QUICK, f"--config.init.checkpoint={tmp_path}/m", f"--workdir={tmp_path}/run"])
+        initial_tokenizer(config, open_initial(config))
 
 
 def test_hub_models_need_a_network_or_the_cache(monkeypatch):

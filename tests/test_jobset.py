@@ -13,7 +13,8 @@ import yaml
 from tests.conftest import REPOSITORY
 from tests.fake_cluster import HOSTILE, KUBECTL, Stage
 
-RUN = ("--config=configs/llama8b.py", "--workdir=gs://bucket/run")
+RUN = ("--config=configs/llama8b.py", "--workdir=/runs/run")
+CLAIM = "--claim=runs:/runs"
 JOBSET = {
     "type": "object", "additionalProperties": False, "required": ["apiVersion", "kind", "metadata", "spec"],
     "properties": {
@@ -85,6 +86,8 @@ LOADED.loader.exec_module(SCRIPT)
 
 
 def jobset(*options, run=RUN):
+    """A manifest; where the run's directory is that of `RUN`, its place is claimed."""
+    options = (*options, CLAIM) if RUN[-1] in run and CLAIM not in options else options
     return SCRIPT.render(*SCRIPT.parse([*options, "--", *run]))
 
 
@@ -232,7 +235,7 @@ def test_wrong_input_stops_with_words(options, run, message, capsys):
 
 def test_it_is_handed_to_kubectl(tmp_path):
     stage = Stage(tmp_path / "stage", REPOSITORY, kubectl=KUBECTL)
-    options = ("--name=pod", "--image=i", "--topology=v5e:2x2", "--namespace=team")
+    options = ("--name=pod", "--image=i", "--topology=v5e:2x2", "--namespace=team", CLAIM)
     said = stage.run(sys.executable, "launch/gke/jobset.py", *options, "--", *RUN).stderr
     assert stage.calls("kubectl") == [["apply", "--namespace=team", "--filename=-"]]
     given = (stage.path / "manifest").read_text()

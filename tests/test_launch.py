@@ -19,7 +19,7 @@ __all__ = ["checkout", "stage"]
 LAUNCH = REPOSITORY / "launch"
 TPU = ("bash", "launch/tpu_vm.sh")
 PLACE = ("--name=pod", "--zone=us-east5-a")
-RUN = ("--config=configs/llama8b.py", "--workdir=gs://bucket/run")
+RUN = ("--config=configs/llama8b.py", "--workdir=/mnt/runs/run")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.fake_cluster import HOSTILE, OLD_PYTHON, PYTHON, RECORD, SCANCEL, SRU
 
 __all__ = ["checkout", "stage"]
 LAUNCH = REPOSITORY / "launch"
-RUN = ("--config=configs/llama8b.py", "--workdir=gs://bucket/run")
+RUN = ("--config=configs/llama8b.py", "--workdir=/mnt/runs/run")
 
 
 def test_a_run_that_was_told_to_stop_is_not_taken_for_a_finished_one(stage):
@@ -37,7 +37,7 @@ def test_a_detached_run_is_seen_stopped_and_never_doubled(stage):
     worker = ("bash", "launch/worker.sh")
     assert "run-state none" in stage.run(*worker, "state").stdout
     stage.write("exits", "wait\n")
-    stage.run(*worker, "start", "--workdir=gs://b/r")
+    stage.run(*worker, "start", "--workdir=/mnt/b/r")
     stage.wait_until_ready()
     assert "run-state running" in stage.run(*worker, "state").stdout
     assert "a run is going on here already" in stage.run(*worker, "start", code=2).stderr

@@ -2,6 +2,7 @@
 """What stands beside an export's weights: tokenizer and generation files, licences, and how many rows are kept."""
 
 import dataclasses
+import json
 import re
 from typing import Any
 
@@ -45,13 +46,23 @@ def companions(tokenizer: Tokenizer | None, source: Place | None, with_new: bool
     if source:
         files = {path.name: path.read_bytes() for path in source.iterdir() if LICENCE_FILE.fullmatch(path.name)}
     if tokenizer:
-        return Companions(files | tokenizer.published_files(with_new), tokenizer.published_ids())
+        files |= tokenizer.published_files(with_new)
+        return Companions(_with_settings(files, source), tokenizer.published_ids())
     if source:
         said = read_json(source / CONFIG)
         ids = {name: said[name] for name in TOKEN_IDS if said.get(name) is not None}
         if (source / GENERATION).is_file():
             files[GENERATION] = (source / GENERATION).read_bytes()
     return Companions(files, ids)
+
+
+def _with_settings(files: dict[str, bytes], source: Place | None) -> dict[str, bytes]:
+    """Generation settings of the base where the tokenizer's file, which is not the base's, gives ids alone."""
+    ours = json.loads(files.get(GENERATION, b"{}"))
+    base = read_json(source / GENERATION) if source and (source / GENERATION).is_file() else {}
+    if set(base) <= set(ours) or not set(ours) <= set(TOKEN_IDS):
+        return files
+    return files | {GENERATION: (json.dumps(base | ours, indent=2) + "\n").encode()}
 
 
 def licence_fields(source: Place | None) -> list[str]:

@@ -98,7 +98,7 @@ def candidates(config: Config, shape: RowShape, topology: Topology, devices: Any
     fixed = [getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh) if field.name not in chosen]
     for fsdp, tensor in itertools.product(SIZES, TENSOR_SIZES):
         taken = fsdp * tensor * math.prod(fixed)
-        if topology.num_devices % taken or config.model.vocab_size % tensor:
+        if topology.num_devices % taken:
             continue
         wanted = dataclasses.replace(config.mesh, data=topology.num_devices // taken, fsdp=fsdp, tensor=tensor)
         try:

@@ -166,8 +166,8 @@ def train(
     with phases.phase("restore or create the state"):
         found = checkpoints.restore_latest(saved_part(factory.abstract))
         step, state, meta = (found[0], factory.completed(found[1]), found[2]) if found else (0, factory.create(), {})
-    origin = f"checkpoint {step}" if meta else factory.origin
-    LOG.info("starting from %s: %s parameters to train", origin, f"{count_params(state.params):,}")
+    origin, count = f"checkpoint {step}" if meta else factory.origin, count_params(state.params)
+    LOG.info("starting from %s: %s parameters to train", origin, f"{count:,}")
     recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
     batches = data.iterator(step, row_parts(mesh), num_row_shards(mesh))
     save = Saver(checkpoints, recorder, config)
@@ -200,9 +200,7 @@ def train(
             recorder.flush()
     except FloatingPointError as error:
         save.last(step, state, None)
-        raise UserError(
-            f"training stopped: {error}; the state is saved at step {step}; lower opt.learning_rate"
-        ) from error
+        raise UserError(f"training stopped: {error}; saved at step {step}; lower opt.learning_rate") from error
 
     # --- last evaluation (unless an earlier start already did it), last save
     done = step >= data.num_steps
