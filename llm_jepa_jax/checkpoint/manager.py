@@ -95,7 +95,8 @@ class Checkpoints:
                 LOG.warning("step %d: saving is tried again in %.0f s", step, pause)
                 time.sleep(pause)
         if self._error:
-            raise self._write_error(self._error) from self._error
+            words = f"cannot write a checkpoint: {_reason(self._error)}; make room and start again"
+            raise UserError(f"{self.directory}: {words}") from self._error
 
     def close(self) -> None:
         """Waits for what is being written and releases the manager."""
@@ -136,15 +137,8 @@ class Checkpoints:
             self._manager = self._open()
         LOG.warning(
             "CHECKPOINT %s IS NOT WRITTEN (%s); the last good one is %s; saving is tried again at the next save",
-            self.directory / str(step), _words(self._error), max(self.steps(), default="none"),
+            self.directory / str(step), _reason(self._error), max(self.steps(), default="none"),
         )  # fmt: skip
-
-    def _write_error(self, error: Exception) -> Exception:
-        text = " ".join(str(error).split())
-        if isinstance(error, OSError) or any(words in text for words in NO_SPACE_WORDS):
-            reason = getattr(error, "strerror", None) or next((w for w in NO_SPACE_WORDS if w in text), text[:200])
-            return UserError(f"{self.directory}: cannot write a checkpoint: {reason}; make room and start again")
-        return error
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, meta) of the newest checkpoint that can be read whole, on the shardings of `abstract_state`.
@@ -203,6 +197,12 @@ def _pauses(seconds: float) -> list[float]:
     """1, 2, 4, … seconds between attempts, `seconds` of them in all; 0 after the last one."""
     pauses = [min(2.0**n, seconds - (2.0**n - 1)) for n in range(32) if 2.0**n - 1 < seconds]
     return [*pauses, 0.0]
+
+
+def _reason(error: Exception) -> str:
+    """Why a write failed: what the system says, where it can be found in what Orbax and TensorStore raise."""
+    found = next((words for words in NO_SPACE_WORDS if words in str(error)), None)
+    return getattr(error, "strerror", None) or found or _words(error)
 
 
 def _words(error: Exception) -> str:

@@ -28,7 +28,7 @@ from llm_jepa_jax.train.progress import Bar, loss_text
 from llm_jepa_jax.train.saving import Evaluate, Saver, Scorer, due
 from llm_jepa_jax.train.state import StateFactory, TrainState
 from llm_jepa_jax.train.step import make_train_step
-from llm_jepa_jax.train.stopping import Stopped, stop_on_sigterm
+from llm_jepa_jax.train.stopping import stop_on_sigterm
 from llm_jepa_jax.train.stragglers import Stragglers
 from llm_jepa_jax.train.watchdog import Watchdog
 
@@ -149,11 +149,9 @@ def train(
 ) -> Result:
     """Trains until the last step or a SIGTERM, from the newest valid checkpoint in `workdir` if there is one.
 
-    Raises:
-        UserError: a checkpoint cannot be written, or updates stay non-finite (the state is saved first).
+    Raises UserError where the last checkpoint cannot be written, or updates stay non-finite (the state is saved first).
     """
     config, mesh = factory.config, factory.mesh
-
     # --- state, metrics and data, all at the newest valid checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     with phases.phase("restore or create the state"):
@@ -165,7 +163,6 @@ def train(
     save = Saver(checkpoints, recorder, config, watchdog)
     with phases.phase("compile the step"):
         train_steps = [_compiled_step(factory, data.num_steps, kind) for kind in data.kinds]
-
     # --- loop
     with stop_on_sigterm() as stop, watchdog:
         score = Scorer(config, evaluate, data.num_steps, recorder, checkpoints, stop, watchdog)
@@ -198,17 +195,15 @@ def train(
                 recorder.flush()
             save.last(step, state)  # before the last evaluation, which may take long
             score(step, state)
-        except Stopped:
-            pass
         except FloatingPointError as error:
             save.close(step, state)
             words = f"training stopped: {error}; the state is saved at step {step}; lower opt.learning_rate"
             raise UserError(words) from error
         save.close(step, state)
-    done = step >= data.num_steps and not score.due(step)
-    if not done:
+    stopped = step < data.num_steps or score.due(step)
+    if stopped:
         LOG.warning("asked to stop: the state is saved at step %d; the same command goes on from there", step)
-    return Result(state, step, recorder.last | recorder.scores, not done)
+    return Result(state, step, recorder.last | recorder.scores, stopped)
 
 
 def _log_start(origin: str, state: TrainState) -> None:

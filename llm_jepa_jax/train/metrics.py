@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pathlib
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,7 +74,9 @@ class MetricsWriter:
             from tensorboardX import SummaryWriter  # half a second of imports, wanted only here
 
             purge = {"purge_step": start_step + 1} if start_step else {}
+            before = set(threading.enumerate())
             self._board = SummaryWriter(str(workdir / "tensorboard"), **purge)
+            self._board_threads = set(threading.enumerate()) - before
 
     def _drop_after(self, step: int) -> None:
         """Drops what a killed run wrote after the checkpoint it is resumed from (and a torn last line)."""
@@ -94,7 +97,10 @@ class MetricsWriter:
         except OSError as error:
             if healthy:
                 LOG.warning("%s: cannot be written (%s); lines are kept until it can", self._path, error.strerror)
-        if self._board and not self._unwritten:
+        if self._board and not all(thread.is_alive() for thread in self._board_threads):
+            LOG.warning("%s: cannot be written any more; metrics.jsonl goes on", self._board.logdir)
+            self._board = None  # it would wait for its thread, which a full disk has ended, for ever
+        if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 

@@ -11,7 +11,7 @@ from llm_jepa_jax.config import Config
 from llm_jepa_jax.parallel.processes import any_process
 from llm_jepa_jax.train.metrics import Window
 from llm_jepa_jax.train.state import TrainState
-from llm_jepa_jax.train.stopping import Stop
+from llm_jepa_jax.train.stopping import Stop, Stopped
 from llm_jepa_jax.train.watchdog import Watchdog
 
 
@@ -84,13 +84,16 @@ class Scorer:
         return bool(wanted) and not self._recorder.scores
 
     def __call__(self, step: int, state: TrainState) -> None:
-        """Raises Stopped when a signal comes before the scores are there."""
+        """A signal that comes before the scores are there ends it without them."""
         if not self._evaluate or not any_process(self.due(step)):
             return
         self._watchdog.now(None)
-        with jax.transfer_guard("allow"):
-            self._stop.leave()
-            scores = self._evaluate(state.params, step, self._stop.leave)
+        try:
+            with jax.transfer_guard("allow"):
+                self._stop.leave()
+                scores = self._evaluate(state.params, step, self._stop.leave)
+        except Stopped:
+            return
         self._recorder.write_scores(step, scores)
         self._checkpoints.rate(step, self._evaluate.quality(scores))
 

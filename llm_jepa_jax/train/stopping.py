@@ -33,7 +33,7 @@ class Stop:
         that none has asked yet.
         """
         if jax.process_count() == 1:
-            self._reached = self._requested
+            self._reached |= self._requested
         elif not self._reached:
             self._reached = multihost_utils.reached_preemption_sync_point(next(self._questions))
         return self._reached
