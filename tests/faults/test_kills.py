@@ -78,6 +78,6 @@ def test_a_hundred_kills_change_nothing_and_lose_no_more_than_a_save(undisturbed
         lost = [n for found in pool.map(runs, range(AT_ONCE)) for n in found]
     beyond = sum(n > EVERY for n in lost)
     ledger.note(
-        f"SIGKILL: {sum(lost)} steps done again in {len(lost)} restores, {np.mean(lost):.1f} each (a save every {EVERY} "
-        f"steps); {beyond} of them lost more than {EVERY}, as the newest save was still being written"
+        f"SIGKILL: {sum(lost)} steps done again in {len(lost)} restores, {np.mean(lost):.1f} each (a save every "
+        f"{EVERY} steps); {beyond} of them lost more than {EVERY}, as the newest save was still being written"
     )
