@@ -55,6 +55,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
+            # Else a directory that cannot be made leaves threads that wait for it, and hold up the program's end.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             create=True,
         )
         return ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))

@@ -24,11 +24,14 @@ class Arrivals:
         self._step, self._count, self._seconds = step, count, seconds
         self._hosts: dict[int, str] = {}
         self._first = self._last = 0.0
+        self.fresh = True
+        """Nobody has looked yet."""
         self._told = seconds
         """The wait, in seconds, from which those missing are told next."""
 
     def see(self, hosts: dict[int, str], now: float) -> str | None:
         """Takes the host names of all that have come so far; what there is to say about it, if anything."""
+        self.fresh = False
         if not self._hosts and hosts:
             self._first = now
         new = [index for index in hosts if index not in self._hosts]
@@ -83,7 +86,7 @@ class Stragglers:
 
     def _watch(self) -> None:
         step, arrivals = self._first, Arrivals(self._first, jax.process_count(), self._seconds)
-        while not self._end.wait(LOOK_SECONDS):
+        while not self._end.wait(0.0 if arrivals.fresh else LOOK_SECONDS):
             try:
                 found = self._client.key_value_dir_get(_place(step))
             except jax.errors.JaxRuntimeError:  # none has come; if the service is gone, JAX ends the process

@@ -73,6 +73,14 @@ def wait(until, process=None):
         time.sleep(0.02)
 
 
+def end(process):
+    """The exit code of a run that ends in time."""
+    try:
+        return process.wait(timeout=SECONDS)
+    finally:
+        process.kill()
+
+
 def saved_steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.faults.runs import EVERY, NUM_STEPS, last_step, log_of, outcome, saved_steps, start, wait
+from tests.faults.runs import EVERY, NUM_STEPS, end, last_step, log_of, outcome, saved_steps, start, wait
 
 pytestmark = pytest.mark.faults
 CAPBSET_DROP, DAC_OVERRIDE = 24, 1
@@ -31,7 +31,7 @@ def not_written(workdir):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert start(workdir).wait() == 0, log_of(workdir).read_text()[-3000:]
+    assert end(start(workdir)) == 0, log_of(workdir).read_text()[-3000:]
     return outcome(workdir)
 
 
@@ -45,7 +45,7 @@ def test_a_full_disk(expected, tmp_path, ledger):
     wait(lambda: not_written(workdir) >= 2, process)
     assert before and saved_steps(workdir)[-1] >= before[-1], "the last good one stays"
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert process.wait() == 0, log_of(workdir).read_text()[-3000:]
+    assert end(process) == 0, log_of(workdir).read_text()[-3000:]
     failed, same = not_written(workdir), outcome(workdir) == expected
     ledger.add("full disk", injected=failed, survived=failed, data_lost=not same)
     assert same and not list((workdir / "checkpoints").glob("*tmp*"))
@@ -58,7 +58,7 @@ def test_a_directory_that_is_read_only(expected, tmp_path, ledger):
     (workdir / "checkpoints").chmod(0o555)
     wait(lambda: not_written(workdir) >= 2, process)
     (workdir / "checkpoints").chmod(0o755)
-    assert process.wait() == 0, log_of(workdir).read_text()[-3000:]
+    assert end(process) == 0, log_of(workdir).read_text()[-3000:]
     failed, same = not_written(workdir), outcome(workdir) == expected
     ledger.add("read-only directory", injected=failed, survived=failed, data_lost=not same)
     assert "Permission denied" in log_of(workdir).read_text() and same
@@ -78,7 +78,7 @@ def test_a_slow_disk_that_fails_now_and_then(expected, tmp_path, ledger):
     broken.touch()
     wait(lambda: not_written(workdir) >= 2, process)
     broken.unlink()
-    assert process.wait() == 0, log_of(workdir).read_text()[-3000:]
+    assert end(process) == 0, log_of(workdir).read_text()[-3000:]
     failed, same = not_written(workdir), outcome(workdir) == expected
     ledger.add("slow, failing disk", injected=failed, survived=failed, data_lost=not same)
     assert same and saved_steps(workdir)[-1] == NUM_STEPS

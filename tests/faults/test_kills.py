@@ -39,6 +39,7 @@ def kill_until_it_ends(workdir, draw, startup, budget, ledger):
     reached, lost = 0, []
     for life in itertools.count():
         log = workdir.with_name(f"{workdir.name}-{life}.log")
+        log.touch()  # a process may not live to do so
         process = live(workdir, log)
         kill = next(budget, None) is not None
         process.join(draw.uniform(0.0, startup + 5.0) if kill else None)

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -43,10 +44,18 @@ def run_to(workdir, steps, count, devices):
 
 
 def test_two_are_told_to_stop_by_one_signal_and_die_by_another(tmp_path, ledger):
-    """SIGTERM to process 1, twice: both save the same step and exit with 0. kill -9: the other one stops by itself."""
+    """A pause is told. SIGTERM to one, twice: both save the same step and exit with 0. kill -9: the other ends."""
     workdir = tmp_path / "run"
-    processes = start_many(workdir, 2, *WHOLE)
+    watched = ("--config.log.straggler_seconds=1", "--config.train.hang_seconds=2")
+    processes = start_many(workdir, 2, *WHOLE, *watched)
     wait(lambda: last_step(workdir) > EVERY, processes[0])
+    processes[1].send_signal(signal.SIGSTOP)
+    wait(lambda: "HANGS: process 0 has been at it for 2 s" in log_of(workdir).read_text(), processes[0])
+    wait(lambda: re.search("1 of 2 processes have not come for [23] s: 1", log_of(workdir).read_text()), processes[0])
+    processes[1].send_signal(signal.SIGCONT)
+    wait(lambda: re.search("process 1 on .* after the first; the others", log_of(workdir).read_text()), processes[0])
+    assert "in push" in log_of(workdir).read_text(), "where the main thread stands"
+    ledger.add("pause of one of two")
     for _ in range(2):
         os.kill(processes[1].pid, signal.SIGTERM)
     codes, seconds = end(processes)
