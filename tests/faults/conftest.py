@@ -26,6 +26,9 @@ class Ledger:
             counts["most steps lost"] = max(counts["most steps lost"], steps_lost)
             counts["data lost"] += data_lost
 
+    def count(self, kind):
+        return self._counts[kind]["injected"]
+
     def note(self, words):
         with self._lock:
             self._notes.append(words)
