@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs llm_jepa_jax.main on one machine of many, the same command on each; processes find each other by themselves.
 #   bash launch/worker.sh run ARGUMENTS…     in the foreground. SIGTERM goes on to the run, which saves and stops.
-#                                            Exit code 0: the run has ended; 143: told to stop, start it again; 2: wrong input.
+#                                            Exit code 0: the run has ended; 143: told to stop, start it again; 2: wrong input;
+#                                            75: other processes are missing or gone, start all again.
 #   bash launch/worker.sh start ARGUMENTS…   the same, detached from the terminal; RUN_KEY in the environment names it
 #   bash launch/worker.sh state [KEY]        of the detached run; one of another name counts as none, or `other` if it runs
 #   bash launch/worker.sh log | stop

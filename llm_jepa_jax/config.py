@@ -249,6 +249,15 @@ class TrainConfig:
     dtype: str = key("float32", "compute type", choices=("float32", "bfloat16"))
     param_dtype: str = key("float32", "type of parameters, and of the second moment", choices=("float32", "bfloat16"))
     max_skipped: int = key(10, "non-finite updates in a row after which the run stops", "steps")
+    hang_seconds: float = key(
+        1800.0,
+        "a step, with its wait for data, or a save that takes longer counts as hung: the log shows where every thread "
+        "stands; 0: never",
+        "seconds",
+    )
+    exit_on_hang: bool = key(
+        False, "a hung process ends (exit code 75), so that its launcher starts the run again; off: it only tells"
+    )
     profile_start: int = key(0, "first step of a profiler trace into `profile/`; 0: off", "step")
     profile_steps: int = key(3, "length of the profiler trace", "steps")
     compile_cache: str = key("~/.cache/llm_jepa_jax/xla", "directory of XLA's persistent compile cache; empty: off")
@@ -259,6 +268,13 @@ class CheckpointConfig:
     every_steps: int = key(200, "save period; the last step is always saved; 0: only the last", "steps")
     keep_last: int = key(2, "newest checkpoints kept")
     keep_best: int = key(1, "checkpoints kept by best score of the first of `eval.tasks`, beside the newest")
+    verify: bool = key(True, "compare what a run goes on from with the checksums of what was saved")
+    retry_seconds: float = key(
+        60.0,
+        "how long the last save is tried again where the disk refuses it, with growing pauses; an earlier one is tried "
+        "again at the next period",
+        "seconds",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +296,11 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every_steps: int = key(10, "period of a metrics line", "steps")
+    straggler_seconds: float = key(
+        5.0,
+        "several processes: name the one that starts a step so long after the first, every `log.every_steps`; 0: off",
+        "seconds",
+    )
     tensorboard: bool = key(True, "write `tensorboard/` beside `metrics.jsonl`")
     report: bool = key(True, "write `report.html` and `plots/` at the end")
     rank_floor: float = key(

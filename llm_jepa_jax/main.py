@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 
 from llm_jepa_jax.checkpoint.export_settings import DTYPES, PREDICTOR_ROWS, SHARD_BYTES, ExportSettings
 from llm_jepa_jax.checkpoint.quiet import quiet_failed_writes
-from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.errors import TRY_AGAIN, TryAgainError, UserError
 from llm_jepa_jax.huge_pages import use_huge_pages
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -191,18 +191,19 @@ def _run_mode(values: flags.FlagValues) -> dict[str, object]:
 def main() -> None:
     """Runs; wrong input and a machine that refuses (no room, no permission) print one line and exit with code 2.
 
-    Models that `--mode=verify` finds to differ exit with code 1.
+    Processes that are missing or gone exit with code 75: the same command may work. Models that `--mode=verify` finds
+    to differ exit with code 1.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()])
     LOG.setLevel(logging.INFO)
     quiet_failed_writes()
     try:
         result = run(sys.argv)
-    except UserError as error:
+    except (UserError, TryAgainError) as error:
         if "--debug" in sys.argv:
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else TRY_AGAIN)
     except OSError as error:
         if "--debug" in sys.argv or error.errno not in MACHINE_ERRORS:
             raise

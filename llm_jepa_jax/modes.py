@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,10 +34,10 @@ from llm_jepa_jax.resolve import attention_backend, resolve
 from llm_jepa_jax.run_directory import check_directory, claim, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer, saved_tokenizer
-from llm_jepa_jax.train.loop import Evaluate
 from llm_jepa_jax.train.loop import train as run_training
 from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar
+from llm_jepa_jax.train.saving import Evaluate
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.vocabulary import with_vocabulary
 
@@ -176,12 +176,17 @@ class _Evaluate:
     phases: Phases
     last_step: int
 
-    def __call__(self, params: Any, step: int) -> dict[str, float]:
+    def __call__(self, params: Any, step: int, tick: Callable[[], None] = lambda: None) -> dict[str, float]:
         config, evaluator = self.evaluator.config.eval, self.evaluator
         count = config.final_examples if step == self.last_step else config.num_examples
         size = evaluator.size(count)
         with self.phases.phase("evaluate"), Bar("evaluate", size, visible=jax.process_index() == 0) as bar:
-            return evaluator(params, count, lambda task: self.directory / f"{task}-{step}.jsonl", bar.update)
+
+            def progress(done: int) -> None:
+                tick()
+                bar.update(done)
+
+            return evaluator(params, count, lambda task: self.directory / f"{task}-{step}.jsonl", progress)
 
     def quality(self, scores: dict[str, float]) -> float | None:
         return self.evaluator.quality(scores)

@@ -16,7 +16,7 @@ from llm_jepa_jax.checkpoint.hf_directory import open_directory
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings, export
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
 from llm_jepa_jax.config import MeshConfig
-from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.errors import TryAgainError, UserError
 from llm_jepa_jax.main import run
 from llm_jepa_jax.parallel import processes
 from llm_jepa_jax.parallel.mesh import make_mesh
@@ -142,14 +142,14 @@ def test_import_and_export_of_two_processes_are_those_of_one(published, tmp_path
 
 
 def call(ranks, timeout):
-    """What each of several processes hears."""
+    """What each of several processes hears, or is told by an error of what kind."""
     heard = {}
 
     def take_part(rank):
         try:
             heard[rank.index] = roll_call(rank, f"host-{rank.index}", timeout)
-        except UserError as error:
-            heard[rank.index] = str(error)
+        except (TryAgainError, UserError) as error:
+            heard[rank.index] = error
 
     threads = [threading.Thread(target=take_part, args=(rank,)) for rank in ranks]
     for thread in threads:
@@ -167,11 +167,14 @@ def test_the_roll_call_names_who_is_here_and_who_is_not():
     missing = (
         "10 of 12 processes did not come within 0 s: 1, 2, 3, 4, 6, 7, 8, 9 and 2 more; here are 0 on host-0, 5 on"
     )
-    assert heard[0] == heard[5] and heard[0].startswith(missing), heard
+    assert str(heard[0]) == str(heard[5]) and str(heard[0]).startswith(missing), heard
+    assert type(heard[0]) is type(heard[5]) is TryAgainError, "they may come next time"
     (alone,) = call([Rank(address, 2, 1)], 0.5).values()
-    assert alone.startswith(f"process 1 had no answer from process 0 at {address} within 0 s (Connection refused)")
+    assert isinstance(alone, TryAgainError)
+    assert str(alone).startswith(f"process 1 had no answer from process 0 at {address} within 0 s (Connection refused)")
     heard = call([Rank(address, 2, 0), Rank(address, 3, 2)], 0.5)
-    assert heard[2] == "process 2 of 3 is not one of process 0's 2" and "1 of 2 processes did not come" in heard[0]
+    assert isinstance(heard[2], UserError) and str(heard[2]) == "process 2 of 3 is not one of process 0's 2"
+    assert isinstance(heard[0], TryAgainError) and "1 of 2 processes did not come" in str(heard[0])
 
 
 @pytest.mark.parametrize(

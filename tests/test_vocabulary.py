@@ -118,7 +118,7 @@ def test_a_checkpoint_moves_between_paddings(tmp_path):
         states[multiple] = state_factory(config, make_mesh(config.mesh), 4)
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     state = states[24].create()
-    checkpoints.save(1, state, {}, None)
+    checkpoints.save(1, state, {})
     for factory in states.values():
         _, restored, _ = checkpoints.restore_latest(factory.abstract)
         assert not any(rows.any() for rows in padding(restored.params))

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
-from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.errors import TRY_AGAIN, TryAgainError, UserError
 
 LOG = logging.getLogger("llm_jepa_jax")
 ENVIRONMENT = {
@@ -30,6 +31,11 @@ ENVIRONMENT = {
 HEARTBEAT_SECONDS = 40
 """A process that is not heard of for so long is taken for dead, and the others stop."""
 RETRY_SECONDS, HELLO_SECONDS = 0.2, 5.0
+GONE_WORDS = (
+    "Gloo", "Connection closed by peer", "Connection reset", "Socket closed", "heartbeat", "coordination service",
+    "UNAVAILABLE", "DEADLINE_EXCEEDED",
+)  # fmt: skip
+"""What JAX says where another process does not answer any more."""
 SHOWN = 8
 """How many processes an error lists."""
 
@@ -55,15 +61,25 @@ def joined(
     waiting for the others, as they may be waiting for this process.
 
     Raises:
-        UserError: arguments are missing or contradict each other, or processes do not come in time (named).
+        UserError: arguments are missing or contradict each other.
+        TryAgainError: processes do not come in time (named), or one is gone.
     """
     start(coordinator, num_processes, process_id, timeout)
     try:
         yield
     except BaseException as error:
-        if jax.distributed.is_initialized() and jax.process_count() > 1:
-            atexit.register(os._exit, 2 if isinstance(error, UserError | OSError) else 1)
-        raise
+        if not jax.distributed.is_initialized() or jax.process_count() == 1:
+            raise
+        gone = isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in GONE_WORDS)
+        again = gone or isinstance(error, TryAgainError)
+        atexit.register(os._exit, TRY_AGAIN if again else 2 if isinstance(error, UserError | OSError) else 1)
+        if not gone:
+            raise
+        raise TryAgainError(
+            f"process {jax.process_index()} of {jax.process_count()} stops: another one is gone "
+            f"({' '.join(str(error).split())[:200]}); see the others' logs; started again, all go on from the last "
+            "checkpoint"
+        ) from error
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float) -> None:
@@ -84,6 +100,14 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         "%d processes on %d hosts: %s",
         rank.count, len(by_host), "; ".join(f"{host} ({_some(indices)})" for host, indices in by_host.items()),
     )  # fmt: skip
+
+
+def any_process(said: bool) -> bool:
+    """Whether any process says so; all ask together."""
+    if jax.process_count() == 1:
+        return said
+    with jax.transfer_guard("allow"):
+        return bool(np.any(multihost_utils.process_allgather(np.array(said))))
 
 
 def wait_for_all(name: str) -> None:
@@ -136,12 +160,13 @@ def roll_call(rank: Rank, host: str, timeout: float) -> list[str]:
     """The host names of all processes, by number, once all are here.
 
     Raises:
-        UserError: not all came in time: process 0 tells all who did.
+        TryAgainError: not all came in time: process 0 tells all who did.
+        UserError: the coordinator's port is taken, or this is not one of its processes.
     """
     end = time.monotonic() + timeout
     answer = _ask_all(rank, host, end, timeout) if rank.index == 0 else _report(rank, host, end, timeout)
     if "error" in answer:
-        raise UserError(answer["error"])
+        raise (UserError if answer.get("wrong") else TryAgainError)(answer["error"])
     return answer["hosts"]
 
 
@@ -166,7 +191,8 @@ def _ask_all(rank: Rank, host: str, end: float, timeout: float) -> dict[str, Any
                 if count == rank.count and 0 < index < count:
                     came[index] = (str(hello["host"]), connection)
                 else:
-                    _tell(connection, {"error": f"process {index} of {count} is not one of process 0's {rank.count}"})
+                    words = f"process {index} of {count} is not one of process 0's {rank.count}"
+                    _tell(connection, {"error": words, "wrong": True})
         hosts = {0: host} | {index: name for index, (name, _) in came.items()}
         answer = _verdict(rank, hosts, timeout)
         for _, connection in came.values():

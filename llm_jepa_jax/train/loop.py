@@ -5,10 +5,9 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -26,19 +25,14 @@ from llm_jepa_jax.parallel.sharding import global_batch, num_row_shards, row_par
 from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, last_values, valid_pairs
 from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar, loss_text
+from llm_jepa_jax.train.saving import Evaluate, Saver, Scorer, due
 from llm_jepa_jax.train.state import StateFactory, TrainState, saved_part
 from llm_jepa_jax.train.step import make_train_step
+from llm_jepa_jax.train.stopping import stop_on_sigterm
+from llm_jepa_jax.train.stragglers import Stragglers
+from llm_jepa_jax.train.watchdog import Watchdog
 
 LOG = logging.getLogger("llm_jepa_jax")
-
-
-class Evaluate(Protocol):
-    """Scores parameters."""
-
-    def __call__(self, params: Any, step: int) -> dict[str, float]: ...
-    def quality(self, scores: dict[str, float]) -> float | None:
-        """What checkpoints are compared by, higher is better; None where the scores do not hold it."""
-        ...
 
 
 @dataclasses.dataclass
@@ -50,7 +44,7 @@ class Result:
     metrics: dict[str, float]
     """The last metrics line."""
     stopped_early: bool
-    """A signal asked for a stop; the state is saved."""
+    """A signal asked for a stop; the state is saved, and steps or the last evaluation are left to do."""
 
 
 class Recorder:
@@ -156,60 +150,66 @@ def train(
 ) -> Result:
     """Trains until the last step or a SIGTERM, from the newest valid checkpoint in `workdir` if there is one.
 
-    Raises:
-        UserError: a checkpoint cannot be written, or updates stay non-finite (the state is saved first).
+    Raises UserError where the last checkpoint cannot be written, or updates stay non-finite (the state is saved first).
     """
     config, mesh = factory.config, factory.mesh
-
     # --- state, metrics and data, all at the newest valid checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     with phases.phase("restore or create the state"):
         found = checkpoints.restore_latest(saved_part(factory.abstract))
         step, state, meta = (found[0], factory.completed(found[1]), found[2]) if found else (0, factory.create(), {})
-    origin, count = f"checkpoint {step}" if meta else factory.origin, count_params(state.params)
-    LOG.info("starting from %s: %s parameters to train", origin, f"{count:,}")
+    _log_start(f"checkpoint {step}" if meta else factory.origin, state)
     recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
     batches = data.iterator(step, row_parts(mesh), num_row_shards(mesh))
-    save = Saver(checkpoints, recorder, config)
+    watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
+    save = Saver(checkpoints, recorder, config, watchdog)
     with phases.phase("compile the step"):
         train_steps = [_compiled_step(factory, data.num_steps, kind) for kind in data.kinds]
-
     # --- loop
-    try:
-        with (
-            phases.phase("train"),
-            _stop_on_sigterm() as stop,
-            Bar("train", data.num_steps, step, jax.process_index() == 0) as bar,
-            contextlib.closing(batches),
-            _profiler(config, workdir) as profile,
-            jax.transfer_guard("disallow"),
-        ):
-            recorder.restart_clock()
-            while step < data.num_steps and not stop.requested:
-                profile(step + 1)
-                kind, batch = recorder.timed(lambda: _next_batch(mesh, batches, data.kinds))
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = train_steps[kind](state, batch)
-                step += 1
-                recorder.push(step, data.kinds[kind].row.length, metrics)
-                bar.update(step, loss_text(recorder.last))
-                if step < data.num_steps and _due(step, config.eval.every_steps, config.checkpoint.every_steps):
-                    recorder.flush()
-                    save(step, state, _score(config, step, evaluate, state, recorder))
-                    recorder.restart_clock()
-            recorder.flush()
-    except FloatingPointError as error:
-        save.last(step, state, None)
-        raise UserError(f"training stopped: {error}; saved at step {step}; lower opt.learning_rate") from error
-
-    # --- last evaluation (unless an earlier start already did it), last save
-    done = step >= data.num_steps
-    if done and evaluate and not recorder.scores:
-        recorder.write_scores(step, evaluate(state.whole, step))
-    save.last(step, state, evaluate.quality(recorder.scores) if evaluate else None)
-    if not done:
+    with stop_on_sigterm() as stop, watchdog:
+        score = Scorer(config, evaluate, data.num_steps, recorder, checkpoints, stop, watchdog)
+        try:
+            score(step, state)
+            with (
+                phases.phase("train"),
+                Bar("train", data.num_steps, step, jax.process_index() == 0) as bar,
+                contextlib.closing(batches),
+                _profiler(config, workdir) as profile,
+                _stragglers(config, step) as stragglers,
+                jax.transfer_guard("disallow"),
+            ):
+                recorder.restart_clock()
+                while step < data.num_steps and not stop.reached():
+                    watchdog.now(f"step {step + 1}")
+                    profile(step + 1)
+                    kind, batch = recorder.timed(lambda: _next_batch(mesh, batches, data.kinds))
+                    stragglers.here(step + 1)
+                    with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                        state, metrics = train_steps[kind](state, batch)
+                    step += 1
+                    recorder.push(step, data.kinds[kind].row.length, metrics)
+                    bar.update(step, loss_text(recorder.last))
+                    if step < data.num_steps and due(step, config.eval.every_steps, config.checkpoint.every_steps):
+                        recorder.flush()
+                        save(step, state)
+                        score(step, state)
+                        recorder.restart_clock()
+                recorder.flush()
+            save.last(step, state)  # before the last evaluation, which may take long
+            score(step, state)
+        except FloatingPointError as error:
+            save.close(step, state)
+            words = f"training stopped: {error}; the state is saved at step {step}; lower opt.learning_rate"
+            raise UserError(words) from error
+        save.close(step, state)
+    stopped = step < data.num_steps or score.due(step)
+    if stopped:
         LOG.warning("asked to stop: the state is saved at step %d; the same command goes on from there", step)
-    return Result(state, step, recorder.last | recorder.scores, not done)
+    return Result(state, step, recorder.last | recorder.scores, stopped)
+
+
+def _log_start(origin: str, state: TrainState) -> None:
+    LOG.info("starting from %s: %s parameters to train", origin, f"{count_params(state.params):,}")
 
 
 def _compiled_step(factory: StateFactory, num_steps: int, kind: StepShape) -> Any:
@@ -234,56 +234,6 @@ def _next_batch(mesh: Mesh, batches: Iterator[dict[str, Any]], kinds: Sequence[S
     return kind, batch
 
 
-class Saver:
-    """Saves a step once, with what a bit-equal restart needs beside the state."""
-
-    def __init__(self, checkpoints: Checkpoints, recorder: Recorder, config: Config):
-        self.checkpoints, self._recorder, self._config = checkpoints, recorder, config
-
-    def __call__(self, step: int, state: TrainState, quality: float | None) -> None:
-        if step == 0 or step in self.checkpoints.steps():
-            return
-        # All draws come from (seed, step) and (seed, epoch, example), so these two are the whole random state.
-        meta = {"step": step, "seed": self._config.seed, "window": self._recorder.window.sums}
-        with jax.transfer_guard("allow"):  # Orbax copies the shards to the host by itself
-            self.checkpoints.save(step, saved_part(state), meta, quality)
-
-    def last(self, step: int, state: TrainState, quality: float | None) -> None:
-        """The same, and waits until everything is on disk."""
-        self(step, state, quality)
-        self.checkpoints.close()
-        self._recorder.close()
-
-
-def _due(step: int, *periods: int) -> bool:
-    return any(period and step % period == 0 for period in periods)
-
-
-def _score(config: Config, step: int, evaluate: Evaluate | None, state: TrainState, recorder: Recorder) -> float | None:
-    """The quality where an evaluation is due."""
-    if not evaluate or not _due(step, config.eval.every_steps):
-        return None
-    with jax.transfer_guard("allow"):
-        scores = evaluate(state.whole, step)
-    recorder.write_scores(step, scores)
-    return evaluate.quality(scores)
-
-
-@dataclasses.dataclass
-class _Stop:
-    requested: bool = False
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[_Stop]:
-    stop = _Stop()
-    before = signal.signal(signal.SIGTERM, lambda *_: setattr(stop, "requested", True))
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @contextlib.contextmanager
 def _profiler(config: Config, workdir: pathlib.Path) -> Iterator[Callable[[int], None]]:
     """Traces steps `profile_start` to `profile_start + profile_steps - 1` into `profile/`, given each step's number."""
@@ -301,3 +251,9 @@ def _profiler(config: Config, workdir: pathlib.Path) -> Iterator[Callable[[int],
     yield at
     if running:
         jax.profiler.stop_trace()
+
+
+def _stragglers(config: Config, step: int) -> Stragglers:
+    """Watches the steps after `step` that have a metrics line."""
+    every = config.log.every_steps
+    return Stragglers(step - step % every + every, every, config.log.straggler_seconds)

@@ -2,13 +2,16 @@
 """Metrics: sums added over a window of steps, the files they go to, and their restart."""
 
 import json
+import logging
 import math
 import pathlib
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+LOG = logging.getLogger("llm_jepa_jax")
 DEVICE_PEAK_TFLOPS = {
     "TPU v4": 275.0,
     "TPU v5 lite": 197.0,
@@ -64,13 +67,16 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, start_step: int, tensorboard: bool):
         self._path = workdir / "metrics.jsonl"
         self._drop_after(start_step)
-        self._file = self._path.open("a")
+        self._path.touch()
+        self._size, self._unwritten = self._path.stat().st_size, b""
         self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # half a second of imports, wanted only here
 
             purge = {"purge_step": start_step + 1} if start_step else {}
+            before = set(threading.enumerate())
             self._board = SummaryWriter(str(workdir / "tensorboard"), **purge)
+            self._board_threads = set(threading.enumerate()) - before
 
     def _drop_after(self, step: int) -> None:
         """Drops what a killed run wrote after the checkpoint it is resumed from (and a torn last line)."""
@@ -84,14 +90,33 @@ class MetricsWriter:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line. Values that are not finite are written as strings, so that the file stays JSON."""
         line = {"step": step} | {name: _rounded(value) for name, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        healthy = not self._unwritten
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        try:
+            self._append()
+        except OSError as error:
+            if healthy:
+                LOG.warning("%s: cannot be written (%s); lines are kept until it can", self._path, error.strerror)
+        if self._board and not all(thread.is_alive() for thread in self._board_threads):
+            LOG.warning("%s: cannot be written any more; metrics.jsonl goes on", self._board.logdir)
+            self._board = None  # it would wait for its thread, which a full disk has ended, for ever
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
+    def _append(self) -> None:
+        """Writes the lines that are not on disk yet, behind those that are: what a failed write left is cut off."""
+        with self._path.open("r+b", buffering=0) as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            while self._unwritten:
+                written = file.write(self._unwritten)
+                self._unwritten = self._unwritten[written:]
+                self._size += written
+
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError: lines could not be written."""
+        self._append()
         if self._board:
             self._board.close()
 

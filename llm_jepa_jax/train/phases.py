@@ -37,5 +37,8 @@ class Phases:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         if self._path:
             part = self._path.with_suffix(".json.part")
-            part.write_text(json.dumps({key: round(value, 3) for key, value in self.seconds.items()}))
-            part.replace(self._path)
+            try:
+                part.write_text(json.dumps({key: round(value, 3) for key, value in self.seconds.items()}))
+                part.replace(self._path)
+            except OSError as error:  # timings are not worth stopping for
+                LOG.warning("%s: not written (%s)", self._path, error.strerror)
