@@ -366,8 +366,9 @@ def test_unrolled_layers_extrapolate_to_the_loop(monkeypatch):
 
 @pytest.mark.parity
 def test_remat_dots_does_not_run_the_attention_kernel_forward_again():
-    """A pair of blocks takes 2 products forward, 3 for queries and 4 for keys and values; 2 more with `full`."""
+    """A pair of blocks takes 2 products forward and 5 backward, in both layers; `full` runs one forward pass again (of
+    the last layer, what the forward pass made is at hand)."""
     pytest.importorskip("libtpu")
     dots, full = shallow(2, "dots"), shallow(2, "full")
-    assert dots.timeline.kernel_flops / full.timeline.kernel_flops == pytest.approx(9 / 11)
+    assert dots.timeline.kernel_flops / full.timeline.kernel_flops == pytest.approx(14 / 16)
     assert dots.memory.activations > full.memory.activations

@@ -156,9 +156,7 @@ def train(
     # --- state, metrics and data, all at the newest valid checkpoint
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
     with phases.phase("restore or create the state"):
-        found = checkpoints.restore_latest(saved_part(factory.abstract))
-        step, state, meta = (found[0], factory.completed(found[1]), found[2]) if found else (0, factory.create(), {})
-    _log_start(f"checkpoint {step}" if meta else factory.origin, state)
+        step, state, meta = _first_state(factory, checkpoints)
     recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
     batches = data.iterator(step, row_parts(mesh), num_row_shards(mesh))
     watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
@@ -208,8 +206,13 @@ def train(
     return Result(state, step, recorder.last | recorder.scores, stopped)
 
 
-def _log_start(origin: str, state: TrainState) -> None:
+def _first_state(factory: StateFactory, checkpoints: Checkpoints) -> tuple[int, TrainState, dict[str, Any]]:
+    """The newest valid checkpoint's step, state and what was kept beside it; else a new state."""
+    found = checkpoints.restore_latest(saved_part(factory.abstract))
+    step, state, meta = (found[0], factory.completed(found[1]), found[2]) if found else (0, factory.create(), {})
+    origin = f"checkpoint {step}" if found else factory.origin
     LOG.info("starting from %s: %s parameters to train", origin, f"{count_params(state.params):,}")
+    return step, state, meta
 
 
 def _compiled_step(factory: StateFactory, num_steps: int, kind: StepShape) -> Any:
