@@ -7,8 +7,7 @@ from collections.abc import Callable
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
 from llm_jepa_jax.config import BY_LAYER, Config
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.model_checks import check_model
-from llm_jepa_jax.model_checks import fail as _fail
+from llm_jepa_jax.model_checks import check_model, fail
 from llm_jepa_jax.objective_config import (
     NUM_RESERVED_PREDICTORS,
     ObjectiveConfig,
@@ -145,7 +144,7 @@ def attention_backend(config: Config, platform: str, row_length: int) -> str:
         kernels = [kernel for kernel, wanted in KERNEL_PLATFORM.items() if wanted == platform]
         return next((kernel for kernel in kernels if not _refusal(kernel, config, row_length)), "xla")
     if name != "xla" and platform != KERNEL_PLATFORM[name]:
-        _fail("train.attention", name, f"runs on {KERNEL_PLATFORM[name]} devices, not on {platform}; use auto or xla")
+        fail("train.attention", name, f"runs on {KERNEL_PLATFORM[name]} devices, not on {platform}; use auto or xla")
     _check_attention(config, row_length)
     return name
 
@@ -196,7 +195,7 @@ def _check_ranges(config: Config) -> None:
         for key in keys:
             value = _get(config, key)
             if not holds(value):
-                _fail(key, value, why)
+                fail(key, value, why)
 
 
 def _get(config: Config, key: str) -> float:
@@ -209,27 +208,27 @@ def _get(config: Config, key: str) -> float:
 def _check_data(config: Config) -> None:
     data, jepa = config.data, config.objective.jepa
     if not data.train:
-        _fail("data.train", "''", "names no data; use `synthetic` or JSONL files")
+        fail("data.train", "''", "names no data; use `synthetic` or JSONL files")
     if not data.eval and data.train != "synthetic" and not 0 < data.eval_share < 1:
-        _fail("data.eval_share", data.eval_share, "leaves no split; use a share between 0 and 1, or set `data.eval`")
+        fail("data.eval_share", data.eval_share, "leaves no split; use a share between 0 and 1, or set `data.eval`")
     if data.row_length > config.model.max_positions and data.layout == "padded":
-        _fail(
+        fail(
             "data.row_length", data.row_length, f"is above `model.max_positions`={config.model.max_positions}; lower it"
         )
     for key, slots in (("data.target_slots", data.target_slots), ("data.pair_slots", data.pair_slots)):
         if slots > data.row_length:
-            _fail(key, slots, f"is above `data.row_length`={data.row_length}; use 0 to size it from the data")
+            fail(key, slots, f"is above `data.row_length`={data.row_length}; use 0 to size it from the data")
         if slots and data.row_buckets > 1:
-            _fail(key, slots, f"is for one row length, not `data.row_buckets`={data.row_buckets}; use row_buckets=1")
+            fail(key, slots, f"is for one row length, not `data.row_buckets`={data.row_buckets}; use row_buckets=1")
     most = len(row_lengths(data.row_length))
     if data.row_buckets > most:
-        _fail(
+        fail(
             "data.row_buckets", data.row_buckets,
             f"halves `data.row_length`={data.row_length} below {SHORTEST_ROW} tokens or a multiple of {ROW_MULTIPLE}; "
             f"use at most {most}",
         )  # fmt: skip
     if data.layout == "shared" and jepa.source == "text" and jepa.placement == "prepend" and jepa.weight:
-        _fail(
+        fail(
             "objective.jepa.placement", "prepend",
             "puts predictor tokens before the text, which `data.layout`=shared has read without them; "
             "use data.layout=separate",
@@ -239,32 +238,32 @@ def _check_data(config: Config) -> None:
 def _check_objective(config: Config) -> None:
     ntp, jepa = config.objective.ntp, config.objective.jepa
     if not 0 <= jepa.num_predictors <= NUM_RESERVED_PREDICTORS:
-        _fail(
+        fail(
             "objective.jepa.num_predictors", jepa.num_predictors, f"is out of range; use 0 to {NUM_RESERVED_PREDICTORS}"
         )
     objective = config.objective
     if not any(getattr(objective, term).weight for term in TERMS):
-        _fail("objective.ntp.weight", 0, "and all other weights 0 leave no loss; set one of them above 0")
+        fail("objective.ntp.weight", 0, "and all other weights 0 leave no loss; set one of them above 0")
     spread = any(getattr(objective, term).weight for term in SPREADS)
     if ntp.weight == 0 and not spread and not _contrasts(jepa):
-        _fail(
+        fail(
             "objective.ntp.weight", 0,
             "lets the embeddings collapse: what is left has a constant solution; use a weight above 0, "
             "or add `objective.sigreg.weight` or `objective.vicreg.weight`, or `objective.jepa.distance`=infonce",
         )  # fmt: skip
     for term in SPREADS:
         if getattr(objective, term).weight and not jepa.weight:
-            _fail(
+            fail(
                 f"objective.{term}.weight", getattr(objective, term).weight,
                 "has no views; set `objective.jepa.weight` above 0",
             )  # fmt: skip
     if objective.sigreg.knots < 2:
-        _fail("objective.sigreg.knots", objective.sigreg.knots, "makes no integral; use 2 or more")
+        fail("objective.sigreg.knots", objective.sigreg.knots, "makes no integral; use 2 or more")
     layers = config.model.num_layers
     for term in ("jepa", "stp"):
         layer = getattr(objective, term).layer
         if not -layers - 1 <= layer <= layers:
-            _fail(f"objective.{term}.layer", layer, f"is no layer of `model.num_layers`={layers}; use 0 to {layers}")
+            fail(f"objective.{term}.layer", layer, f"is no layer of `model.num_layers`={layers}; use 0 to {layers}")
 
 
 def _check_schedules(config: Config) -> None:
@@ -272,15 +271,15 @@ def _check_schedules(config: Config) -> None:
         section = getattr(config.objective, term)
         key = f"objective.{term}.min_weight"
         if section.schedule == "constant" and (section.min_weight or section.schedule_steps):
-            _fail(
+            fail(
                 key if section.min_weight else f"objective.{term}.schedule_steps",
                 section.min_weight or section.schedule_steps,
                 f"has no effect with `objective.{term}.schedule`=constant; use linear",
             )
         if section.schedule == "linear" and not section.weight:
-            _fail(f"objective.{term}.schedule", "linear", f"rises to `objective.{term}.weight`=0, which is off")
+            fail(f"objective.{term}.schedule", "linear", f"rises to `objective.{term}.weight`=0, which is off")
         if section.min_weight > section.weight:
-            _fail(key, section.min_weight, f"is above `objective.{term}.weight`={section.weight}; use less")
+            fail(key, section.min_weight, f"is above `objective.{term}.weight`={section.weight}; use less")
 
 
 def _check_stp(config: Config) -> None:
@@ -299,7 +298,7 @@ def _check_stp(config: Config) -> None:
     for name in unused:
         value = getattr(stp, name)
         if value != getattr(plain, name):
-            _fail(f"objective.stp.{name}", value, f"has no effect with `objective.stp.mode`={stp.mode}; leave it out")
+            fail(f"objective.stp.{name}", value, f"has no effect with `objective.stp.mode`={stp.mode}; leave it out")
 
 
 def _check_whole_batch(config: Config) -> None:
@@ -311,7 +310,7 @@ def _check_whole_batch(config: Config) -> None:
         terms.append((f"objective.{term}.distance", section.distance if _contrasts(section) else ""))
     for key, value in terms:
         if value and parts > 1:
-            _fail(key, value, f"needs all pairs of a step at once, but `train.micro_batches`={parts}; use 1")
+            fail(key, value, f"needs all pairs of a step at once, but `train.micro_batches`={parts}; use 1")
 
 
 def _contrasts(section: VectorsConfig) -> bool:
@@ -321,11 +320,11 @@ def _contrasts(section: VectorsConfig) -> bool:
 def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:
     train, rows = config.train, config.data.rows_per_step
     if not train.num_steps and not train.num_epochs:
-        _fail("train.num_steps", 0, "and `train.num_epochs`=0 leave nothing to do; set one of them")
+        fail("train.num_steps", 0, "and `train.num_epochs`=0 leave nothing to do; set one of them")
     shards = mesh_shape[0] * mesh_shape[1]
     unit = shards * train.micro_batches
     if rows % unit:
-        _fail(
+        fail(
             "data.rows_per_step", rows,
             f"does not divide into {train.micro_batches} micro-batches over {shards} devices of data and fsdp; "
             f"use a multiple of {unit}, such as {-(-rows // unit) * unit}",
@@ -338,6 +337,6 @@ def _check_model(config: Config, mesh_shape: tuple[int, int, int]) -> None:
     for by_layer, name in BY_LAYER.items():
         for size in getattr(model, by_layer) or (getattr(model, name),):
             if size % tensor:
-                _fail("mesh.tensor", tensor, f"does not divide `model.{name}`={size}; use a divisor of it")
+                fail("mesh.tensor", tensor, f"does not divide `model.{name}`={size}; use a divisor of it")
     if model.embed_dim % fsdp:
-        _fail("mesh.fsdp", fsdp, f"does not divide `model.embed_dim`={model.embed_dim}; use a divisor of it")
+        fail("mesh.fsdp", fsdp, f"does not divide `model.embed_dim`={model.embed_dim}; use a divisor of it")

@@ -5,12 +5,8 @@ import dataclasses
 import math
 
 from llm_jepa_jax.config import Config, ModelConfig
-from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.lora_config import LINEAR_LAYERS, LoraConfig
-
-
-def _fail(key: str, value: object, why: str) -> None:
-    raise UserError(f"config: `lora.{key}`={value} {why}")
+from llm_jepa_jax.model_checks import fail
 
 
 def adapter_targets(lora: LoraConfig, model: ModelConfig) -> tuple[str, ...]:
@@ -23,9 +19,13 @@ def adapter_targets(lora: LoraConfig, model: ModelConfig) -> tuple[str, ...]:
     names = [name.strip() for name in lora.targets.split(",")] if lora.targets else list(known)
     for name in names:
         if name not in known:
-            _fail("targets", lora.targets, f"names {name!r}, which this model has not; use some of {', '.join(known)}")
+            fail(
+                "lora.targets",
+                lora.targets,
+                f"names {name!r}, which this model has not; use some of {', '.join(known)}",
+            )
         if names.count(name) > 1:
-            _fail("targets", lora.targets, f"names {name!r} twice; name it once")
+            fail("lora.targets", lora.targets, f"names {name!r} twice; name it once")
     return tuple(name for name in known if name in names)
 
 
@@ -37,24 +37,30 @@ def check_lora(config: Config, mesh_shape: tuple[int, int, int]) -> None:
     """
     lora, default = config.lora, LoraConfig()
     if lora.rank < 0:
-        _fail("rank", lora.rank, "must not be negative; use 0 for no adapters")
+        fail("lora.rank", lora.rank, "must not be negative; use 0 for no adapters")
     if not lora.rank:
         for field in dataclasses.fields(lora):
             value = getattr(lora, field.name)
             if value != getattr(default, field.name):
-                _fail(field.name, value, "has no effect with `lora.rank`=0; set the rank, or leave it out")
+                fail(f"lora.{field.name}", value, "has no effect with `lora.rank`=0; set the rank, or leave it out")
         return
     if not config.model.uniform:
-        _fail("rank", lora.rank, "is for models whose layers are all alike, and these differ; use 0: all weights train")
+        fail(
+            "lora.rank",
+            lora.rank,
+            "is for models whose layers are all alike, and these differ; use 0: all weights train",
+        )
     if lora.alpha <= 0:
-        _fail("alpha", lora.alpha, "must be above 0")
+        fail("lora.alpha", lora.alpha, "must be above 0")
     if not 0 <= lora.dropout < 1:
-        _fail("dropout", lora.dropout, "must be 0 or more and below 1")
+        fail("lora.dropout", lora.dropout, "must be 0 or more and below 1")
     adapter_targets(lora, config.model)
     if not lora.is_quantized and lora.tile_size != default.tile_size:
-        _fail("tile_size", lora.tile_size, "has no effect unless `lora.base_dtype` is int8 or nf4; leave it out")
+        fail("lora.tile_size", lora.tile_size, "has no effect unless `lora.base_dtype` is int8 or nf4; leave it out")
     if lora.base_dtype == "nf4" and (lora.tile_size % 2 or lora.tile_size < 4):
-        _fail("tile_size", lora.tile_size, "is odd or below 4, and `lora.base_dtype`=nf4 puts two weights in a byte")
+        fail(
+            "lora.tile_size", lora.tile_size, "is odd or below 4, and `lora.base_dtype`=nf4 puts two weights in a byte"
+        )
     if lora.is_quantized:
         _check_tiles(lora.tile_size, config.model, mesh_shape)
 
@@ -62,7 +68,7 @@ def check_lora(config: Config, mesh_shape: tuple[int, int, int]) -> None:
 def _check_tiles(tile: int, model: ModelConfig, mesh_shape: tuple[int, int, int]) -> None:
     """Tiles divide every linear layer's inputs, and no tile is cut by the mesh."""
     if tile <= 0:
-        _fail("tile_size", tile, "must be above 0")
+        fail("lora.tile_size", tile, "must be above 0")
     _, fsdp, tensor = mesh_shape
     inputs = {"embed_dim": fsdp, "head_dim": 1, "mlp_dim": tensor}
     for name, shards in inputs.items():
@@ -70,4 +76,4 @@ def _check_tiles(tile: int, model: ModelConfig, mesh_shape: tuple[int, int, int]
         if size % (tile * shards):
             most = math.gcd(*(getattr(model, other) // count for other, count in inputs.items()))
             cut = f" over {shards} devices" if shards > 1 else ""
-            _fail("tile_size", tile, f"does not divide `model.{name}`={size}{cut}; use a divisor of {most}")
+            fail("lora.tile_size", tile, f"does not divide `model.{name}`={size}{cut}; use a divisor of {most}")

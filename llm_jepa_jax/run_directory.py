@@ -37,7 +37,7 @@ from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.sharding import parameter_shardings, placed
 from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.schema import flatten
-from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY
+from llm_jepa_jax.text.checkpoint_files import CHECKPOINT_DIRECTORY, write_whole
 from llm_jepa_jax.text.tokenizer import MODEL_FILE, Tokenizer, has_tokenizer, load_tokenizer, saved_tokenizer
 from llm_jepa_jax.vocabulary import padded
 
@@ -102,8 +102,8 @@ def claim(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, splits: S
     """Writes what makes a checked directory this run's: once its data are known to be good."""
     if jax.process_index() == 0:
         tokenizer.save(workdir)
-        _write(workdir / "run.json", json.dumps(_facts(config, splits), indent=2))
-        _write(workdir / "config.json", json.dumps(to_dict(config), indent=2))
+        for name, values in (("run.json", _facts(config, splits)), ("config.json", to_dict(config))):
+            write_whole(workdir / name, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _facts(config: Config, splits: Splits) -> dict[str, str | int]:
@@ -116,12 +116,6 @@ def _facts(config: Config, splits: Splits) -> dict[str, str | int]:
         "train_hash": splits.train.content_hash,
         "eval_hash": splits.eval.content_hash,
     } | ({"base": fingerprint(config)} if config.lora.rank else {})
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n")
-    part.replace(path)
 
 
 def _check_same_run(workdir: pathlib.Path, config: Config, facts: dict[str, str | int]) -> None:

@@ -33,6 +33,7 @@ from llm_jepa_jax.checkpoint.places import Place, place
 from llm_jepa_jax.config import Config, MeshConfig, ModelConfig, freeze, to_dict
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
+from llm_jepa_jax.models.lora import merged
 from llm_jepa_jax.models.transformer import abstract_params
 from llm_jepa_jax.run_directory import FILES, Run, open_published, open_run
 from llm_jepa_jax.schema import flatten
@@ -138,7 +139,7 @@ def verify(workdir: str, against: str, out: str, max_positions: int) -> dict[str
     coarser = {coarsest[path].name for side in sides for path, dtype in side.types.items() if dtype != coarsest[path]}
     types = " and ".join(sorted(coarser))
     equal, words = verdict(exact, rounded, types)
-    settings = _settings(first, second)
+    settings = [*_settings(first, second), *(words for side in sides for words in _kept(side))]
     if jax.process_index() == 0:
         _show(exact, rounded, settings, sides, f"{words}; {exact.tokens} tokens compared")
     result = _result(exact, rounded, sides, settings) | {"equal": equal, "verdict": words}
@@ -163,6 +164,9 @@ def _measured(
 ) -> tuple[list[Measured], list[Measured]]:
     """A side as it is, and with its weights in coarser types where any is named. Its weights are gone then."""
     params = {name: value for name, value in run.params.items() if name != "predictors"}
+    if run.config.lora.rank:
+        with jax.set_mesh(run.mesh):
+            params = jax.jit(merged, donate_argnums=0)(params)
     model = run.config.model
 
     def progress(name: str) -> None:
@@ -194,6 +198,13 @@ def _settings(first: ModelConfig, second: ModelConfig) -> list[str]:
         for key, value in flatten(to_dict(first)).items()
         if value != theirs[key] and key not in (*OWN_KEYS, "vocab_size", "vocab_multiple")
     ]
+
+
+def _kept(side: Side) -> list[str]:
+    """That a run computes with codes, which its exports do not carry over."""
+    if side.run is None or not side.run.lora.is_quantized:
+        return []
+    return [f"{side.name} keeps its frozen weights in {side.run.lora.base_dtype}; exports have the exact ones"]
 
 
 def _vocabularies(sides: list[Side]) -> str:

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.topologies import get_topology_desc
 
-from llm_jepa_jax.batch import RowShape, abstract_batch
+from llm_jepa_jax.batch import RowShape
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.main import parse
 from llm_jepa_jax.models.attention import splash
 from llm_jepa_jax.parallel.mesh import make_mesh
-from llm_jepa_jax.parallel.sharding import rows_sharding
+from llm_jepa_jax.parallel.sharding import placed_batch
 from llm_jepa_jax.resolve import attention_backend, resolve
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.train.step import make_train_step
@@ -37,10 +37,7 @@ def step(arguments: list[str], longest_segment: int) -> tuple[str, str]:
     config = resolve(config, mesh.devices.shape)
     factory = state_factory(config, mesh, 10)
     shape = RowShape(config.data.row_length, config.data.row_length, 8, longest_segment)
-    batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows_sharding(mesh)),
-        abstract_batch(config.data.rows_per_step, shape),
-    )
+    batch = placed_batch(mesh, config.data.rows_per_step, shape)
     with jax.set_mesh(mesh):
         compiled = make_train_step(factory, 10, longest_segment).lower(factory.abstract, batch).compile()
     return attention_backend(config, "tpu", config.data.row_length), compiled.as_text()

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jepa_jax.config import ModelConfig
-from llm_jepa_jax.models.transformer import State, forward_states, head_kernel
+from llm_jepa_jax.models.transformer import State, forward_states, head_kernel, logits
 from llm_jepa_jax.objectives.term import gather
 from llm_jepa_jax.parallel.sharding import num_row_shards, replicated, rows_sharding
 
@@ -90,7 +90,7 @@ class Comparison:
 def long_length(model: ModelConfig, max_positions: int) -> tuple[int, int]:
     """Tokens of a long row, and the place that they should go past: a window's, or that of the ropes' scaling."""
     scaling = model.rope_scaling
-    scaled = scaling.original_max_positions if scaling.kind == "llama3" and scaling.factor != 1 else 0
+    scaled = scaling.original_max_positions if scaling.kind != "linear" and scaling.factor != 1 else 0
     threshold = max(model.window, scaled)
     return min(max(LONG, threshold + threshold // 4), model.max_positions, max_positions), threshold
 
@@ -143,12 +143,9 @@ def _states_at(
 @functools.partial(jax.jit, static_argnames=("config", "size", "mesh"))
 def _logits(params: Any, hidden_PxD: jax.Array, *, config: ModelConfig, size: int, mesh: Mesh) -> jax.Array:
     """Logits of the first `size` tokens, [P, size]."""
-    logits_PxV = hidden_PxD @ head_kernel(params, config)[:, :size].astype(jnp.float32)
-    if config.head_bias:
-        logits_PxV += params["head_bias"][:size].astype(jnp.float32)
-    if config.logit_soft_cap:
-        logits_PxV = config.logit_soft_cap * jnp.tanh(logits_PxV / config.logit_soft_cap)
-    return jax.lax.with_sharding_constraint(logits_PxV, replicated(mesh))
+    head_DxV = head_kernel(params, config).astype(jnp.float32)
+    logits_PxV = logits(head_DxV, params.get("head_bias"), config, hidden_PxD)
+    return jax.lax.with_sharding_constraint(logits_PxV[:, :size], replicated(mesh))
 
 
 def measure(

@@ -24,6 +24,7 @@ from llm_jepa_jax.eval.likelihood import Question, log_probabilities
 from llm_jepa_jax.eval.questions import Asked, Render, ask, cached_render, merged
 from llm_jepa_jax.eval.scores import Score
 from llm_jepa_jax.eval.task import AnyTask, LikelihoodTask, find_tasks
+from llm_jepa_jax.text.checkpoint_files import write_whole
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger("llm_jepa_jax")
@@ -179,6 +180,4 @@ def _distinct(every: Sequence[Asked]) -> tuple[list[tuple[int, ...]], list[Quest
 
 def _write(path: pathlib.Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is JSON that way
-    part.replace(path)
+    write_whole(path, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair is JSON that way

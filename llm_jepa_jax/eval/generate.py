@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.models.transformer import decode_step, head_kernel, prefill
+from llm_jepa_jax.models.transformer import decode_step, head_kernel, logits, prefill
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
 from llm_jepa_jax.text.tokenizer import Tokenizer
 
@@ -124,9 +124,7 @@ class Generator:
         head_DxV = head_kernel(params, self.model).astype(self.dtype)
 
         def choose(hidden_BxD: jax.Array, ended_B: jax.Array) -> jax.Array:
-            logits_BxV = jnp.einsum("bd,dv->bv", hidden_BxD, head_DxV, preferred_element_type=jnp.float32)
-            if self.model.head_bias:
-                logits_BxV += params["head_bias"]
+            logits_BxV = logits(head_DxV, params.get("head_bias"), self.model, hidden_BxD)
             best_B = jnp.argmax(jnp.where(self._forbidden_V, -jnp.inf, logits_BxV), axis=-1).astype(jnp.int32)
             return jnp.where(ended_B, end, best_B)
 

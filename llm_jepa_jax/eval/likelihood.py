@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.eval.encode import hidden_states, pad_right
-from llm_jepa_jax.models.transformer import head_kernel
+from llm_jepa_jax.models.transformer import head_kernel, logits
 from llm_jepa_jax.objectives.term import gather
 from llm_jepa_jax.parallel.sharding import num_row_shards, replicated, rows_sharding
 
@@ -45,15 +45,7 @@ def _log_probabilities(
 
     def chunk(slots: tuple[jax.Array, jax.Array]) -> jax.Array:
         index_RxC, targets_RxC = slots
-        hidden_RxCxD = gather(hidden_RxLxD, index_RxC)
-        logits_RxCxV = jnp.einsum("rcd,dv->rcv", hidden_RxCxD, head_DxV, preferred_element_type=jnp.float32)
-        if config.head_bias:
-            logits_RxCxV += params["head_bias"].astype(jnp.float32)
-        if config.logit_soft_cap:
-            logits_RxCxV = config.logit_soft_cap * jnp.tanh(logits_RxCxV / config.logit_soft_cap)
-        if config.padded_vocab_size > config.vocab_size:
-            is_id_V = jnp.arange(config.padded_vocab_size) < config.vocab_size
-            logits_RxCxV = jnp.where(is_id_V, logits_RxCxV, -jnp.inf)
+        logits_RxCxV = logits(head_DxV, params.get("head_bias"), config, gather(hidden_RxLxD, index_RxC))
         wanted_RxC = jnp.take_along_axis(logits_RxCxV, targets_RxC[..., None], axis=2)[..., 0]
         return wanted_RxC - jax.nn.logsumexp(logits_RxCxV, axis=2)
 

@@ -60,6 +60,19 @@ def merged_layer(layers: Any, name: str, number: Any) -> jax.Array:
     return whole(weight, jnp.float32) + scale * added
 
 
+def merged(params: Any) -> Any:
+    """The parameters of the model that weights and adapters together are, in float32 where there is an adapter."""
+    layers = params["layers"]
+    names = {name: adapter_names(name) for name in layers if adapter_names(name)[0] in layers}
+    others = {name: value for name, value in layers.items() if name not in {n for each in names.values() for n in each}}
+
+    def whole_stack(name: str) -> jax.Array:
+        depth = layers[names[name][0]].shape[0]
+        return jax.vmap(lambda number: merged_layer(layers, name, number))(jnp.arange(depth))
+
+    return params | {"layers": others | {name: whole_stack(name) for name in names}}
+
+
 def init_adapters(key: jax.Array, config: Config) -> Any:
     """As PEFT starts them: A uniform up to 1 / sqrt(inputs) (Kaiming's with slope sqrt(5)), and B zero."""
     shapes, layers = abstract_adapters(config)[0]["layers"], {}

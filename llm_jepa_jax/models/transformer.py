@@ -20,7 +20,7 @@ from flax import linen as nn
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.adding import run_adding
 from llm_jepa_jax.models.layers import BLOCKS, Cache, Carry, DecoderModule, Decoding, Layout, SeparateLayers
-from llm_jepa_jax.models.ops import ATTENTION, HIDDEN, PRODUCT, rotary_tables
+from llm_jepa_jax.models.ops import ATTENTION, HIDDEN, PRODUCT, rotary_tables, soft_cap
 from llm_jepa_jax.parallel.sharding import constrain
 
 REMAT_POLICIES = {
@@ -215,6 +215,20 @@ def forward(
 def head_kernel(params: Any, config: ModelConfig) -> jax.Array:
     """The head [D, V] with its padding, in the parameter type; the transposed embedding where they are tied."""
     return params["embedding"].T if config.tie_embeddings else params["head"]
+
+
+def logits(head_DxV: jax.Array, bias_V: jax.Array | None, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """float32 [..., V] of states [..., D] behind the final norm, of the head's type. Padding has -inf.
+
+    For training there is `objectives.head`, which never holds the logits of all tokens.
+    """
+    out = jnp.einsum("...d,dv->...v", hidden, head_DxV, preferred_element_type=jnp.float32)
+    if bias_V is not None:
+        out += bias_V.astype(jnp.float32)
+    out = soft_cap(out, config.logit_soft_cap)
+    if config.padded_vocab_size == config.vocab_size:
+        return out
+    return jnp.where(jnp.arange(config.padded_vocab_size) < config.vocab_size, out, -jnp.inf)
 
 
 def prefill(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llm_jepa_jax.batch import FIELDS, Batch
+from llm_jepa_jax.batch import FIELDS, Batch, RowShape, abstract_batch
 
 PARAMETER_RULES: dict[str, str | None] = {
     "vocab": "tensor",
@@ -65,6 +65,12 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
     )
+
+
+def placed_batch(mesh: Mesh, num_rows: int, shape: RowShape) -> Batch:
+    """The global batch of a step as the step takes it, without data."""
+    shapes = abstract_batch(num_rows, shape)
+    return placed(shapes, jax.tree.map(lambda _: rows_sharding(mesh), shapes))
 
 
 def constrain(array: jax.Array, *logical_axes: str) -> jax.Array:

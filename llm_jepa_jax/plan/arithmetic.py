@@ -7,7 +7,10 @@ from typing import Any
 
 from llm_jepa_jax.batch import RowShape
 from llm_jepa_jax.config import Config, ModelConfig
+from llm_jepa_jax.flops import layer_weights
 from llm_jepa_jax.models.attention.splash import block_sizes
+from llm_jepa_jax.models.lora import abstract_adapters
+from llm_jepa_jax.models.transformer import count_params
 from llm_jepa_jax.plan.kernels import visited
 from llm_jepa_jax.plan.links import Links, exchange_seconds
 from llm_jepa_jax.plan.memory import Memory, state_bytes
@@ -46,12 +49,6 @@ def sizes_of(config: Config, shape: RowShape, mesh: dict[str, int]) -> Sizes:
     parts = config.train.micro_batches
     rows = config.data.rows_per_step / parts / (data * fsdp)
     return Sizes(rows * shape.width, rows * shape.target_slots, rows, tensor, fsdp, data, parts)
-
-
-def layer_weights(model: ModelConfig) -> int:
-    """Parameters of the matrices of one block."""
-    attention = model.embed_dim * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
-    return attention + (3 if model.mlp_gated else 2) * model.embed_dim * model.mlp_dim
 
 
 def product_widths(model: ModelConfig, remat: str = "dots") -> int:
@@ -93,9 +90,10 @@ def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Link
     """The time of a step."""
     model, size, chip = config.model, sizes_of(config, shape, mesh), topology.chip
     timeline, remat = Timeline(), config.train.remat
-    weights = 3 * layer_weights(model) + repeated_weights(model, remat)
+    num_products = 2 if config.lora.rank else 3  # frozen weights have no gradient
+    weights = num_products * layer_weights(model) + repeated_weights(model, remat)
     layers = 2.0 * size.tokens * model.num_layers * weights / size.tensor
-    head = 6.0 * size.targets * model.embed_dim * model.vocab_size / size.tensor
+    head = 2.0 * num_products * size.targets * model.embed_dim * model.vocab_size / size.tensor
     timeline.product_flops = size.parts * (layers + head)
     block = block_sizes(shape.length, shape.longest_segment).block_q if shape.length % 128 == 0 else 64
     pairs = size.rows * model.num_heads / size.tensor * visited(shape.length, shape.longest_segment, block)
@@ -106,7 +104,8 @@ def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Link
     width = 2 if config.train.dtype == "bfloat16" else 4
     elementwise = model.num_layers * ELEMENTWISE * size.tokens * model.embed_dim * width
     chunks = math.ceil(size.targets / config.objective.head_chunk)
-    head_sums = 8.0 * chunks * model.embed_dim * model.vocab_size / size.tensor  # each chunk reads and writes them
+    # Each chunk reads and writes them, if there are any.
+    head_sums = 0.0 if config.lora.rank else 8.0 * chunks * model.embed_dim * model.vocab_size / size.tensor
     timeline.hbm_bytes = size.parts * (elementwise + head_sums)
     if chip.peak:
         timeline.compute = (
@@ -125,12 +124,13 @@ def _add_exchanges(
 ) -> None:
     model = config.model
     weights = (model.num_layers * layer_weights(model) + model.embed_dim * model.vocab_size) / size.tensor
+    trained = count_params(abstract_adapters(config)[0]) if config.lora.rank else weights
     residual = size.tokens * model.embed_dim * width
     again = config.train.remat != "none"
     exchanges = {
         ("fsdp", "all-gather"): (2 * weights * width * size.parts, 2 * model.num_layers * size.parts),
-        ("fsdp", "reduce-scatter"): (weights * width * size.parts, model.num_layers * size.parts),
-        ("data", "all-reduce"): (weights / size.fsdp * 4, model.num_layers),
+        ("fsdp", "reduce-scatter"): (trained * width * size.parts, model.num_layers * size.parts),
+        ("data", "all-reduce"): (trained / size.fsdp * 4, model.num_layers),
         ("tensor", "all-reduce"): (
             residual * model.num_layers * (6 if again else 4) * size.parts, 4 * model.num_layers * size.parts,
         ),

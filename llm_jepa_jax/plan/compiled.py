@@ -10,14 +10,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llm_jepa_jax.batch import Batch, RowShape, abstract_batch
+from llm_jepa_jax.batch import Batch, RowShape
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.parallel.sharding import rows_sharding
+from llm_jepa_jax.parallel.sharding import placed_batch
 from llm_jepa_jax.plan import hlo
 from llm_jepa_jax.plan.arithmetic import sizes_of
+from llm_jepa_jax.plan.chips import GIB
 from llm_jepa_jax.plan.hlo import Instruction
 from llm_jepa_jax.plan.links import mesh_links
-from llm_jepa_jax.plan.memory import GIB, Memory, compiled_memory
+from llm_jepa_jax.plan.memory import Memory, compiled_memory
 from llm_jepa_jax.plan.schedule import Timeline, Walk
 from llm_jepa_jax.plan.topology import Topology
 from llm_jepa_jax.train.state import StateFactory, state_factory
@@ -49,19 +50,11 @@ class TooLarge:
     seconds: float
 
 
-def placed_batch(rows: int, shape: RowShape, mesh: Mesh) -> Batch:
-    """The batch as the step takes it, without data."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows_sharding(mesh)),
-        abstract_batch(rows, shape),
-    )
-
-
 def compile_step(config: Config, shape: RowShape, mesh: Mesh, topology: Topology) -> Compiled | TooLarge:
     """Compiles the step for the devices of a mesh and reads the result."""
     start = time.monotonic()
     factory = state_factory(config, mesh, NUM_STEPS)
-    batch = placed_batch(config.data.rows_per_step, shape, mesh)
+    batch = placed_batch(mesh, config.data.rows_per_step, shape)
     try:
         with jax.set_mesh(mesh):
             step: Any = make_train_step(factory, NUM_STEPS, shape.longest_segment)

@@ -9,8 +9,6 @@ import jax
 
 from llm_jepa_jax.plan.hlo import Instruction, Module
 
-GIB = 1 << 30
-
 
 @dataclasses.dataclass(frozen=True)
 class Memory:

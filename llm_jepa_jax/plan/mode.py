@@ -12,6 +12,7 @@ from rich.console import Console
 
 from llm_jepa_jax.config import Config, freeze
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.plan.chips import GIB
 from llm_jepa_jax.plan.picture import draw
 from llm_jepa_jax.plan.report import KINDS, as_dict, show
 from llm_jepa_jax.plan.search import Candidate, by_arithmetic, by_compiler, candidates, search
@@ -25,8 +26,6 @@ from llm_jepa_jax.plan.topology import (
 )
 from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.vocabulary import with_vocabulary
-
-GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from llm_jepa_jax.batch import RowShape
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.plan.memory import GIB, Memory
+from llm_jepa_jax.plan.chips import GIB
+from llm_jepa_jax.plan.memory import Memory
 from llm_jepa_jax.plan.search import Candidate
 from llm_jepa_jax.plan.shapes import Assumptions, describe
 from llm_jepa_jax.plan.topology import Topology

@@ -52,9 +52,8 @@ class Candidate:
         config, peak = self.config, topology.chip.peak * topology.num_devices
         tokens = config.data.rows_per_step * shape.width
         targets = config.data.rows_per_step * shape.target_slots
-        flops = model_flops(
-            config.model, tokens, targets, min(shape.longest_segment, config.model.window or shape.length)
-        )
+        length = min(shape.longest_segment, config.model.window or shape.length)
+        flops = model_flops(config.model, tokens, targets, length, frozen=config.lora.rank > 0)
         return flops / (self.timeline.seconds * peak) if peak and self.timeline.seconds else 0.0
 
     def changes(self, given: Config) -> dict[str, Any]:

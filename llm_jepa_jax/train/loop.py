@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from llm_jepa_jax.batch import Batch, StepShape, abstract_batch, check_batch
+from llm_jepa_jax.batch import Batch, StepShape, check_batch
 from llm_jepa_jax.checkpoint.manager import Checkpoints
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.pipeline import TrainData
@@ -21,7 +21,7 @@ from llm_jepa_jax.flops import model_flops
 from llm_jepa_jax.models.transformer import count_params
 from llm_jepa_jax.objectives.diagnostics import collapse_metrics, collapse_warnings
 from llm_jepa_jax.objectives.total import enabled
-from llm_jepa_jax.parallel.sharding import global_batch, num_row_shards, row_parts, rows_sharding
+from llm_jepa_jax.parallel.sharding import global_batch, num_row_shards, placed_batch, row_parts
 from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, last_values, valid_pairs
 from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar, loss_text
@@ -159,6 +159,7 @@ def train(
         step, state, meta = _first_state(factory, checkpoints)
     recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
     batches = data.iterator(step, row_parts(mesh), num_row_shards(mesh))
+    rows = _global_batches(mesh, batches, data.kinds)
     watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
     save = Saver(checkpoints, recorder, config, watchdog)
     with phases.phase("compile the step"):
@@ -180,7 +181,7 @@ def train(
                 while step < data.num_steps and not stop.reached():
                     watchdog.now(f"step {step + 1}")
                     profile(step + 1)
-                    kind, batch = recorder.timed(lambda: _next_batch(mesh, batches, data.kinds))
+                    kind, batch = recorder.timed(lambda: next(rows))
                     stragglers.here(step + 1)
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
                         state, metrics = train_steps[kind](state, batch)
@@ -217,10 +218,7 @@ def _first_state(factory: StateFactory, checkpoints: Checkpoints) -> tuple[int, 
 
 def _compiled_step(factory: StateFactory, num_steps: int, kind: StepShape) -> Any:
     mesh, start = factory.mesh, time.monotonic()
-    batch = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows_sharding(mesh)),
-        abstract_batch(kind.rows, kind.row),
-    )
+    batch = placed_batch(mesh, kind.rows, kind.row)
     with jax.set_mesh(mesh):
         step = make_train_step(factory, num_steps, kind.row.longest_segment)
         compiled = step.lower(factory.abstract, batch).compile()
@@ -228,13 +226,18 @@ def _compiled_step(factory: StateFactory, num_steps: int, kind: StepShape) -> An
     return compiled
 
 
-def _next_batch(mesh: Mesh, batches: Iterator[dict[str, Any]], kinds: Sequence[StepShape]) -> tuple[int, Batch]:
-    """The next step's kind and global batch, which is held to the contract."""
-    values = next(batches)
-    with jax.transfer_guard_host_to_device("allow"):  # the one copy that is meant
-        kind, batch = int(values["kind"]), global_batch(mesh, values)
-    check_batch(batch, kinds[kind].rows, kinds[kind].row)
-    return kind, batch
+def _global_batches(
+    mesh: Mesh, batches: Iterator[dict[str, Any]], kinds: Sequence[StepShape]
+) -> Iterator[tuple[int, Batch]]:
+    """Each step's kind and global batch; the first one of each kind is held to the contract."""
+    checked = set()
+    for values in batches:
+        with jax.transfer_guard_host_to_device("allow"):  # the one copy that is meant
+            kind, batch = int(values["kind"]), global_batch(mesh, values)
+        if kind not in checked:
+            check_batch(batch, kinds[kind].rows, kinds[kind].row)
+            checked.add(kind)
+        yield kind, batch
 
 
 @contextlib.contextmanager
