@@ -60,7 +60,8 @@ class Side:
         LOG.info("verify: %s: reading the weights", self.name)
         if self.run is None:
             return open_published(self.directory)
-        mesh = MeshConfig(fsdp=math.gcd(self.model.embed_dim, jax.device_count()))
+        tile = self.run.lora.tile_size if self.run.lora.is_quantized else 1  # is not cut
+        mesh = MeshConfig(fsdp=math.gcd(self.model.embed_dim // tile, jax.device_count()))
         data = dataclasses.replace(self.run.data, rows_per_step=jax.device_count())
         train = dataclasses.replace(self.run.train, micro_batches=1)
         return open_run(self.directory, dataclasses.replace(self.run, mesh=mesh, data=data, train=train))

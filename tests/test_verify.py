@@ -76,6 +76,30 @@ def test_a_run_and_its_export_are_one_model(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "verify.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("base", ["bfloat16", "int8"])
+def test_adapters_are_compared_merged(deep, tokenizer, tmp_path, base, capsys):
+    """With frozen weights in bfloat16 the export's rounding is of the sum; codes are what an export does not have."""
+    sizes = (
+        f"--config.model.{name}={getattr(DEEP, name)}" for name in ("embed_dim", "head_dim", "mlp_dim", "num_layers")
+    )
+    tokenizer.save_model(tmp_path / "t.model")
+    tile = ["--config.lora.tile_size=8"] if base == "int8" else []
+    run([
+        *QUICK, *sizes, *tile, f"--config.init.checkpoint={deep}/model", f"--config.text.tokenizer={tmp_path}/t.model",
+        "--config.model.max_positions=128", "--config.model.tie_embeddings=False", "--config.lora.rank=4",
+        f"--config.lora.base_dtype={base}", "--config.opt.learning_rate=0.1", f"--workdir={tmp_path}/run",
+    ])  # fmt: skip
+    lm = lj.load(tmp_path / "run")
+    lm.save_hf(tmp_path / "whole", dtype="float32")
+    lm.save_hf(tmp_path / "half", dtype="bfloat16")
+    capsys.readouterr()
+    for name in ("whole", "half") if base == "bfloat16" else ("half",):
+        result = verify(tmp_path / "run", tmp_path / name, f"--out={tmp_path}/{name}_out")
+        assert result["equal"] == (base == "bfloat16"), result["verdict"]
+        kept = f"{tmp_path}/run keeps its frozen weights in int8; exports have the exact ones"
+        assert (kept in capsys.readouterr().out.replace("\n", "")) == (base == "int8")
+
+
 @pytest.mark.parametrize(
     ("tensor", "first"),
     [
