@@ -198,7 +198,7 @@ def main() -> None:
     Processes that are missing or gone exit with code 75: the same command may work. Models that `--mode=verify` finds
     to differ exit with code 1.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[log_handler()])
     LOG.setLevel(logging.INFO)
     quiet_failed_writes()
     try:
@@ -221,7 +221,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def _handler() -> logging.Handler:
+def log_handler() -> logging.Handler:
+    """On a terminal coloured, elsewhere plain lines."""
     if sys.stderr.isatty():
         return RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
     return logging.StreamHandler()

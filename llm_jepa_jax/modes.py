@@ -29,6 +29,7 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, view_ids
 from llm_jepa_jax.eval.evaluate import Evaluator
 from llm_jepa_jax.eval.generate import Generator
+from llm_jepa_jax.eval.scores import RESULT
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.processes import wait_for_all
 from llm_jepa_jax.resolve import attention_backend, resolve
@@ -44,8 +45,6 @@ from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.vocabulary import with_vocabulary
 
 LOG = logging.getLogger("llm_jepa_jax")
-RESULT = "result.json"
-"""The last line of output as a file: of a run that has done all its steps and its last evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
