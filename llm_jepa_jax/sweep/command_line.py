@@ -39,6 +39,7 @@ def make_parser() -> Parser:
     add("--row", action="append", default=[], metavar="'NAME: KEY=V'", help="a row of the table; repeatable")
     add("--metric", help="a task's name, ntp_loss or jepa_loss (the first of eval.tasks)")
     add("--test", help="records of a second evaluation, which chooses nothing")
+    add("--test-examples", type=int, metavar="N", help="how many of them (all)")
     add(
         "--equal-compute", action="store_true", default=None, help="train the best settings at the baseline's FLOPs too"
     )
@@ -68,9 +69,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
         if not found:
             raise UserError(f"command line: unexpected {argument!r}; usage: {USAGE}")
         keys.append((found.group(1), found.group(2)))
-    for name, least in (("jobs", 1), ("retries", 0), ("random", 0)):
+    for name, least in (("jobs", 1), ("retries", 0), ("random", 0), ("test_examples", 0)):
         if getattr(options, name) is not None and getattr(options, name) < least:
-            raise UserError(f"--{name}={getattr(options, name)}: {least} at least")
+            raise UserError(f"--{name.replace('_', '-')}={getattr(options, name)}: {least} at least")
     modes = [name for name in ("tune", "table", "dry_run", "form") if getattr(options, name)]
     if len(modes) > 1 and modes != ["tune", "dry_run"]:
         raise UserError(f"command line: {' and '.join('--' + m.replace('_', '-') for m in modes)} exclude each other")
@@ -110,7 +111,7 @@ def read_spec(options: argparse.Namespace, keys: Settings) -> Spec:
 _CHANGES = {
     "config": "config", "grid": "grid", "setting": "settings", "random": "random", "seeds": "seeds",
     "baseline": "baseline", "variant": "variants", "row": "rows", "metric": "metric", "test": "test",
-    "equal_compute": "equal_compute",
+    "test_examples": "test_examples", "equal_compute": "equal_compute",
 }  # fmt: skip
 """Flags and the fields of `Spec` that they change."""
 

@@ -49,6 +49,8 @@ class Point:
     directory: pathlib.Path
     """Of the whole sweep."""
     test: str = ""
+    """Records of the second evaluation."""
+    test_examples: int = 0
 
     @property
     def name(self) -> str:
@@ -80,8 +82,8 @@ class Point:
     def test_arguments(self) -> list[str]:
         """Of `llm_jepa_jax.main`, for the evaluation on the test records."""
         return [
-            "--mode=eval", f"--config.data.eval={self.test}", f"--workdir={self.workdir}",
-            f"--out={self.workdir / 'test'}",
+            "--mode=eval", f"--config.data.eval={self.test}", f"--config.eval.final_examples={self.test_examples}",
+            f"--workdir={self.workdir}", f"--out={self.workdir / 'test'}",
         ]  # fmt: skip
 
     @functools.cached_property
@@ -102,7 +104,7 @@ class Point:
         return {
             key: value for key, value in self.configuration.items()
             if not any(key == part or key.startswith(part + ".") for part in MACHINE)
-        } | {"test": self.test}  # fmt: skip
+        } | {"test": self.test, "test_examples": self.test_examples}  # fmt: skip
 
     @property
     def fingerprint(self) -> str:
@@ -152,7 +154,7 @@ def point(spec: Spec, cell: Cell, seed: int, directory: pathlib.Path) -> Point:
     settings = (*spec.common, *dict(spec.rows)[cell.row], *variants[cell.variant], *cell.setting)
     if cell.steps:
         settings = (*settings, ("train.num_epochs", "0"), ("train.num_steps", str(cell.steps)))
-    return Point(cell, seed, spec.config, (*settings, ("seed", str(seed))), directory, spec.test)
+    return Point(cell, seed, spec.config, (*settings, ("seed", str(seed))), directory, spec.test, spec.test_examples)
 
 
 def points(spec: Spec, directory: pathlib.Path) -> list[Point]:

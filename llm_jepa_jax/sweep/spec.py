@@ -45,6 +45,8 @@ class Spec:
     """What is compared: a task's name, or a loss; empty: the first of `eval.tasks`."""
     test: str = ""
     """Records for a second evaluation (`data.eval`), which chooses nothing; empty: none."""
+    test_examples: int = 0
+    """How many of them; 0: all."""
     equal_compute: bool = False
     """Train each row's best settings again, for as many FLOPs as the baseline took."""
 
@@ -76,7 +78,8 @@ class Spec:
             "variants": {name: dict(part) for name, part in self.variants},
             "grid": {key: list(values) for key, values in self.grid},
             "settings": [dict(setting) for setting in self.settings], "random": self.random,
-            "seeds": list(self.seeds), "metric": self.metric, "test": self.test, "equal_compute": self.equal_compute,
+            "seeds": list(self.seeds), "metric": self.metric, "test": self.test,
+            "test_examples": self.test_examples, "equal_compute": self.equal_compute,
         }  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def from_mapping(values: Any, origin: str) -> Spec:
     read = {
         "config": _text, "metric": _text, "test": _text, "common": _part, "rows": _named, "variants": _named,
         "baseline": _baseline, "grid": _grid, "settings": _list, "random": _count, "seeds": _seeds,
-        "equal_compute": _flag,
+        "test_examples": _count, "equal_compute": _flag,
     }  # fmt: skip
     found = {}
     for name, value in values.items():
@@ -173,6 +176,10 @@ def checked(spec: Spec, origin: str) -> Spec:
         raise UserError(
             f"{origin}: equal_compute sets train.num_steps, and so does the grid ({lengths.pop()}); use rows"
         )
+    if spec.test_examples and not spec.test:
+        raise UserError(f"{origin}: test_examples={spec.test_examples} without `test` (--test=FILE)")
+    if spec.test and spec.metric.endswith("_loss"):
+        raise UserError(f"{origin}: metric={spec.metric} is a loss of training, test records have tasks; name a task")
     return spec
 
 
