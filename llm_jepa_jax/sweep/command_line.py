@@ -73,8 +73,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')}={getattr(options, name)}: {least} at least")
     modes = [name for name in ("tune", "table", "dry_run", "form") if getattr(options, name)]
-    if len(modes) > 1 and modes != ["tune", "dry_run"]:
+    if len(modes) > 1:
         raise UserError(f"command line: {' and '.join('--' + m.replace('_', '-') for m in modes)} exclude each other")
+    if options.tune and options.only:
+        raise UserError("command line: --tune and --only exclude each other; --tune says itself what is run")
     if options.job_option and options.form not in ("slurm", "gke"):
         raise UserError("--job-option belongs to --print=slurm or --print=gke")
     return options, tuple(keys)

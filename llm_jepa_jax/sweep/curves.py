@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from llm_jepa_jax.analysis.plots import BLUE, GREEN, GREY, INK, ORANGE
 from llm_jepa_jax.sweep.comparison import CellResult, Row
 from llm_jepa_jax.sweep.results import DONE, Outcome, higher_is_better, value
+from llm_jepa_jax.sweep.tables import PREFIXES, flops_power
 
 COLORS = (GREY, BLUE, ORANGE, GREEN, INK, "#8a5fb0", "#c04f7a", "#4aa3a2")
 """The baseline's first."""
@@ -38,14 +39,16 @@ def _figure(row: str, cells: Sequence[CellResult], metric: str, by_compute: bool
     figure = Figure(layout="constrained")
     axes = figure.subplots()
     factor = 100.0 if higher_is_better(metric) else 1.0
+    power = flops_power(max(curve[0][-1] for _, curve in shown)) if by_compute else 0
     for number, (cell, (x, mean, std)) in enumerate(shown):
+        x = x / 1000.0**power
         color = COLORS[number % len(COLORS)]
         label = " ".join(filter(None, [cell.cell.variant, cell.cell.label])) or metric
         marker = "o" if len(x) < 12 else None
         axes.plot(x, factor * mean, color=color, label=label, marker=marker, markersize=4)
         axes.fill_between(x, factor * (mean - std), factor * (mean + std), color=color, alpha=0.15, linewidth=0)
     axes.set_title(" ".join(filter(None, [row, metric, "by compute" if by_compute else "by step"])))
-    axes.set_xlabel("PFLOP" if by_compute else "step")
+    axes.set_xlabel(f"{PREFIXES[power]}FLOP" if by_compute else "step")
     axes.set_ylabel("%" if higher_is_better(metric) else metric)
     if len(shown) > 1 or shown[0][0].cell.variant:
         axes.legend()
@@ -64,7 +67,7 @@ def _mean(cell: CellResult, metric: str, by_compute: bool) -> tuple[np.ndarray, 
         return None
     values_SxN = np.array([[of_seed[step] for of_seed in values] for step in steps])
     spread = values_SxN.std(axis=1, ddof=1) if len(curves) > 1 else np.zeros(len(steps))
-    places = [flops[step] / 1e15 for step in steps] if by_compute else steps
+    places = [flops[step] for step in steps] if by_compute else steps
     return np.array(places, float), values_SxN.mean(axis=1), spread
 
 

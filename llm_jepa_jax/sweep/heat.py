@@ -10,11 +10,11 @@ from matplotlib.colors import to_hex
 
 from llm_jepa_jax.sweep import tables
 from llm_jepa_jax.sweep.comparison import CellResult, Row
+from llm_jepa_jax.sweep.points import symbol
 from llm_jepa_jax.sweep.results import higher_is_better
 from llm_jepa_jax.sweep.spec import Spec
 
 ACROSS, DOWN = "objective.jepa.weight", "objective.jepa.num_predictors"
-SYMBOLS = {ACROSS: "λ", DOWN: "k"}
 
 
 def axes_of(spec: Spec) -> tuple[str, str] | None:
@@ -40,7 +40,7 @@ def heat_maps(spec: Spec, metric: str, rows: Sequence[Row]) -> str:
             groups.setdefault((result.cell.variant, rest), []).append(result)
         best = {result.cell for result in row.best_cells}
         for (variant, rest), results in groups.items():
-            others = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in rest)
+            others = ", ".join(f"{symbol(key)} {value}" for key, value in rest)
             title = " · ".join(filter(None, [row.name, variant, others])) or metric
             shown = {tuple(dict(r.cell.setting)[axis] for axis in axes): r for r in results}
             maps.append(_map(spec, metric, title, axes, shown, best))
@@ -51,7 +51,7 @@ def _map(
     spec: Spec, metric: str, title: str, axes: tuple[str, str], shown: dict[tuple[str, ...], CellResult], best: set
 ) -> str:
     grid, higher = dict(spec.grid), higher_is_better(metric)
-    names = [SYMBOLS.get(axis, axis.rpartition(".")[2]) for axis in axes]
+    names = [symbol(axis) for axis in axes]
     means = [result.dev.mean for result in shown.values() if result.dev.n]
     head = "".join(f"<th>{html.escape(names[0])} {html.escape(value)}</th>" for value in grid[axes[0]])
     lines = []

@@ -32,11 +32,16 @@ table.heat td{min-width:5.2rem;padding:.55rem .5rem;border-radius:5px} table.hea
 table.heat small{display:block;opacity:.8} .heats{display:flex;flex-wrap:wrap;gap:2.5rem} .scroll{overflow-x:auto}
 .failed{color:#b5382f} details{margin:.6rem 0}
 """
-NUMBERS = ("seeds", "steps", "training", "dev", "test", "Δ", "p")
+NUMBERS = ("seeds", "steps", "training", "dev", "train", "test", "Δ", "p")
 
 
 def write_page(
-    spec: Spec, directory: pathlib.Path, metric: str, rows: Sequence[Row], outcomes: Sequence[Outcome]
+    spec: Spec,
+    directory: pathlib.Path,
+    metric: str,
+    rows: Sequence[Row],
+    outcomes: Sequence[Outcome],
+    remarks: Sequence[str],
 ) -> None:
     """Writes sweep.html into the sweep's directory; links to its points' reports are relative."""
     done = sum(outcome.state == DONE for outcome in outcomes)
@@ -50,7 +55,7 @@ def write_page(
         f'<h1>{name}</h1><p class="dim">{html.escape(spec.config)}; {counts}</p>',
         *(f'<p class="warning">{html.escape(text)}</p>' for text in tables.warnings(rows)),
         _failures(failed), _table(spec, metric, rows),
-        "<ul class='dim'>", *(f"<li>{html.escape(text)}</li>" for text in tables.explanation(spec, metric)), "</ul>",
+        "<ul class='dim'>", *(f"<li>{html.escape(text)}</li>" for text in remarks), "</ul>",
         heat_maps(spec, metric, rows),
         f"<h2>Learning curves</h2><div class='plots'>{figures}</div>" if figures else "",
         _points(directory, metric, outcomes),

@@ -21,6 +21,14 @@ MACHINE = ("mesh", "checkpoint", "log", "data.workers", "data.prefetch", "data.c
 """Keys and sections that change nothing of what a point finds."""
 
 
+SYMBOLS = {"objective.jepa.weight": "λ", "objective.jepa.num_predictors": "k", "objective.jepa.dropout": "LD"}
+
+
+def symbol(key: str) -> str:
+    """A key in tables: the papers' letter, or its own last part."""
+    return SYMBOLS.get(key, key.rpartition(".")[2])
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """What differs from other points by more than the seed."""
@@ -34,7 +42,7 @@ class Cell:
     @property
     def label(self) -> str:
         """The setting in words."""
-        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in self.setting)
+        return ", ".join(f"{symbol(key)} {value}" for key, value in self.setting)
 
 
 @dataclasses.dataclass(frozen=True)

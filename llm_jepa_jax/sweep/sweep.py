@@ -20,6 +20,7 @@ from llm_jepa_jax.sweep.points import Point, command, point, points
 from llm_jepa_jax.sweep.runner import Runner
 from llm_jepa_jax.sweep.spec import Spec
 from llm_jepa_jax.sweep.submit import job_lines
+from llm_jepa_jax.sweep.tuning import against_the_grid, check_tunable, tune_sweep
 from llm_jepa_jax.text.checkpoint_files import write_whole
 
 LOG = logging.getLogger("llm_jepa_jax")
@@ -35,6 +36,8 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     spec, directory = read_spec(options, keys), pathlib.Path(options.dir)
     every = points(spec, directory)
     metric = results.metric_of(spec.metric, every[0].configuration["eval.tasks"])
+    if options.tune:
+        check_tunable(spec)
     check_manifest(directory, every)
     if options.dry_run or options.form:
         return show(options, chosen(options, [*every, *scaled_points(spec, directory, every, metric)]))
@@ -69,8 +72,13 @@ def execute(
     def runs(some: Sequence[Point]) -> bool:
         return Runner(some, jobs, devices, options.retries, metric).run()
 
-    scaled = scaled_points(spec, directory, every, metric)
-    if options.only:
+    scaled = scaled_points(spec, directory, every, metric) if not options.tune else []
+    if options.tune:
+        every, ended = tune_sweep(spec, directory, metric, runs)
+        scaled = scaled_points(spec, directory, every, metric) if ended else []
+        if scaled:
+            runs(scaled)
+    elif options.only:
         runs(chosen(options, [*every, *scaled]))
     elif runs(every):
         scaled = scaled_points(spec, directory, every, metric)
@@ -146,14 +154,15 @@ def write_tables(spec: Spec, directory: pathlib.Path, every: Sequence[Point], me
     """table.md, table.csv, sweep.json and sweep.html; prints the first."""
     outcomes = [results.read(each) for each in every]
     rows = comparison.make_rows(spec, outcomes, metric)
-    table = tables.markdown(spec, metric, rows, outcomes)
+    remarks = [*tables.explanation(spec, metric), *against_the_grid(directory, rows, metric)]
+    table = tables.markdown(spec, metric, rows, outcomes, remarks)
     for name, text in (
         ("table.md", table),
         ("table.csv", tables.comma_separated(rows)),
         ("sweep.json", tables.as_json(spec, metric, rows, outcomes)),
     ):
         write_whole(directory / name, text.encode("utf-8", "backslashreplace"))
-    write_page(spec, directory, metric, rows, outcomes)
+    write_page(spec, directory, metric, rows, outcomes, remarks)
     print(table)
     states = [outcome.state for outcome in outcomes]
     counts = {"points": len(states), "done": states.count(results.DONE), "failed": states.count(results.FAILED)}

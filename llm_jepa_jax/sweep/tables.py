@@ -12,6 +12,7 @@ from llm_jepa_jax.sweep.comparison import CellResult, Row, paired
 from llm_jepa_jax.sweep.results import FAILED, Outcome, higher_is_better
 from llm_jepa_jax.sweep.spec import Spec
 
+PREFIXES = ("", "K", "M", "G", "T", "P", "E")
 AS_CONFIGURED, EQUAL_COMPUTE = "as configured", "equal compute"
 
 
@@ -83,8 +84,8 @@ def warnings(rows: Sequence[Row]) -> list[str]:
         lacking = {result.cell: result for result in cells if result.missing}
         for result in lacking.values():
             name = " ".join(filter(None, [result.cell.variant, result.cell.label])) or "the runs"
-            seeds = ", ".join(map(str, result.missing))
-            found.append(f"{where}{name} has no number for seed {seeds}: its mean is over fewer runs than others'")
+            seeds = f"seed{'s' * (len(result.missing) > 1)} {', '.join(map(str, result.missing))}"
+            found.append(f"{where}{name} has no number for {seeds}: its mean is over fewer runs than others'")
         for cell, result in row.scaled.items():
             if result.cell == cell and row.baseline:
                 found.append(
@@ -119,8 +120,13 @@ def flops_text(flops: float | None) -> str:
     """In the largest unit that leaves digits before the point."""
     if not flops:
         return "–"
-    power = max(0, min(6, int(math.log10(flops) // 3)))
-    return f"{flops / 1000**power:.3g} {('', 'K', 'M', 'G', 'T', 'P', 'E')[power]}FLOP"
+    power = flops_power(flops)
+    return f"{flops / 1000**power:.3g} {PREFIXES[power]}FLOP"
+
+
+def flops_power(flops: float) -> int:
+    """The power of 1000 that leaves digits before the point; its name is in `PREFIXES`."""
+    return max(0, min(len(PREFIXES) - 1, int(math.log10(flops) // 3)))
 
 
 def columns(spec: Spec, metric: str) -> list[str]:
@@ -129,7 +135,7 @@ def columns(spec: Spec, metric: str) -> list[str]:
     names += ["variant"] if len(spec.variants) > 1 or spec.baseline else []
     names += ["setting"] if spec.grid or spec.settings else []
     names += ["budget"] if spec.equal_compute else []
-    names += ["seeds", "steps", "training", f"dev {metric}{unit}"]
+    names += ["seeds", "steps", "training", f"{'train' if metric.endswith('_loss') else 'dev'} {metric}{unit}"]
     names += [f"test {metric}{unit}"] if spec.test else []
     return names + (["Δ", "p"] if spec.baseline else [])
 
@@ -138,10 +144,11 @@ def words(line: Line, names: Sequence[str], higher: bool) -> list[str]:
     """A line's cells under the columns of those names."""
     seeds = str(line.seeds) if line.seeds == line.wanted else f"{line.seeds} of {line.wanted}"
     seeds += f", {line.failed} failed" if line.failed else ""
+    dev = number(line.dev_mean, line.dev_std, higher)
     found = {
         "row": line.row, "variant": line.variant, "setting": line.setting, "budget": line.budget, "seeds": seeds,
         "steps": "–" if line.steps is None else f"{line.steps:,.0f}", "training": flops_text(line.flops),
-        "dev": number(line.dev_mean, line.dev_std, higher), "test": number(line.test_mean, line.test_std, higher),
+        "dev": dev, "train": dev, "test": number(line.test_mean, line.test_std, higher),
         "Δ": signed(line.difference, higher), "p": probability(line.p),
     }  # fmt: skip
     return [found[name.split(" ")[0]] for name in names]
@@ -151,7 +158,7 @@ def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
-def markdown(spec: Spec, metric: str, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> str:
+def markdown(spec: Spec, metric: str, rows: Sequence[Row], outcomes: Sequence[Outcome], remarks: Sequence[str]) -> str:
     """The table, what is to be said of it, and every failure with its error."""
     names, higher = columns(spec, metric), higher_is_better(metric)
     out = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
@@ -160,7 +167,7 @@ def markdown(spec: Spec, metric: str, rows: Sequence[Row], outcomes: Sequence[Ou
         texts = [_escaped(text) for text in words(line, names, higher)]
         bold = line.best and line.budget == AS_CONFIGURED and marks and "setting" in names
         out.append("| " + " | ".join(f"**{text}**" if bold and text else text for text in texts) + " |")
-    out += ["", *(f"- {_escaped(text)}" for text in [*explanation(spec, metric), *warnings(rows)])]
+    out += ["", *(f"- {_escaped(text)}" for text in [*remarks, *warnings(rows)])]
     failed = [outcome for outcome in outcomes if outcome.state == FAILED]
     if failed:
         out += ["", "## Failed", "", "| point | error |", "|---|---|"]
