@@ -35,7 +35,8 @@ NOISE = 0.3
 class Tuned:
     """What a search has come to."""
 
-    best: Place
+    best: Place | None
+    """None: every run failed."""
     runs: int
     grid_runs: int
     history: tuple[tuple[tuple[Place, int], ...], ...]
@@ -68,7 +69,7 @@ def tune(
         usable = {place: scores for place, scores in observed.items() if place not in failed}
         wanted = next_round(places, usable, failed, num_seeds, budget - spent)
     usable = {place: scores for place, scores in observed.items() if place not in failed}
-    return Tuned(winner(usable), spent, len(places) * num_seeds, tuple(history))
+    return Tuned(winner(usable) if usable else None, spent, len(places) * num_seeds, tuple(history))
 
 
 def coarse(shape: Sequence[int], budget: int) -> list[Place]:

@@ -65,7 +65,7 @@ def _tune(
         return [None if value is None or not math.isfinite(value) else sign * value for value in values]
 
     tuned = tune([len(values) for _, values in spec.grid], len(spec.seeds), score)
-    words = ", ".join(f"{key}={value}" for key, value in _setting(spec, tuned.best))
+    words = ", ".join(f"{key}={value}" for key, value in _best(spec, tuned).items()) or "nothing, every run failed"
     where = " ".join(filter(None, name))
     LOG.info(
         "tuned%s: %s, with %d of the grid's %d runs", f" {where}" if where else "", words, tuned.runs, tuned.grid_runs
@@ -77,10 +77,15 @@ def _setting(spec: Spec, place: Place) -> Settings:
     return tuple((key, values[index]) for (key, values), index in zip(spec.grid, place, strict=True))
 
 
+def _best(spec: Spec, tuned: Tuned) -> dict[str, str]:
+    """Empty where every run failed."""
+    return {} if tuned.best is None else dict(_setting(spec, tuned.best))
+
+
 def _found(spec: Spec, found: Sequence[tuple[str, str, Tuned]]) -> list[dict[str, Any]]:
     return [
         {
-            "row": row, "variant": variant, "best": dict(_setting(spec, tuned.best)), "runs": tuned.runs,
+            "row": row, "variant": variant, "best": _best(spec, tuned), "runs": tuned.runs,
             "grid_runs": tuned.grid_runs,
             "rounds": [
                 [dict(_setting(spec, place)) | {"seed": spec.seeds[seed]} for place, seed in each]
