@@ -22,7 +22,7 @@ MODES = ("train", "eval", "generate", "export", "verify", "inspect", "plan")
 FORMATS = ("merged", "peft")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
 FLAGS_OF_MODES = {
-    "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify"), "against": ("verify",),
+    "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify", "eval"), "against": ("verify",),
     "max_positions": ("verify",), "dtype": ("export",), "shard_bytes": ("export",), "predictor_rows": ("export",),
     "format": ("export",), "topology": ("plan",), "search": ("plan",), "compiles": ("plan",),
     "chip_hour_price": ("plan",), "examples_per_row": ("plan",), "longest_segment": ("plan",),
@@ -43,7 +43,11 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "directory of the run (train: default runs/NAME)", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "generate: a prompt; without any, lines of stdin", flag_values=values)
     flags.DEFINE_string(
-        "out", "", "export: the directory to write; verify: where to put verify.png and verify.json", flag_values=values
+        "out",
+        "",
+        "export: the directory to write; verify: where to put verify.png and verify.json; eval: where "
+        "verdicts and result.json go, not to the run's eval/",
+        flag_values=values,
     )
     flags.DEFINE_enum("dtype", "", ("", *DTYPES), "export: type of the weights; empty: as they are", flag_values=values)
     flags.DEFINE_integer("shard_bytes", SHARD_BYTES, "export: most bytes of a file", lower_bound=1, flag_values=values)
@@ -179,7 +183,7 @@ def _run_mode(values: flags.FlagValues) -> dict[str, object]:
     if values.mode == "train":
         return modes.train(values.config, workdir)
     if values.mode == "eval":
-        return modes.evaluate(values.config, workdir)
+        return modes.evaluate(values.config, workdir, values.out)
     if values.mode == "generate":
         return modes.generate(values.config, workdir, values.prompt or [line.rstrip("\n") for line in sys.stdin])
     if values.mode == "export":
@@ -194,7 +198,7 @@ def main() -> None:
     Processes that are missing or gone exit with code 75: the same command may work. Models that `--mode=verify` finds
     to differ exit with code 1.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_handler()])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[log_handler()])
     LOG.setLevel(logging.INFO)
     quiet_failed_writes()
     try:
@@ -217,7 +221,8 @@ def main() -> None:
         sys.exit(1)
 
 
-def _handler() -> logging.Handler:
+def log_handler() -> logging.Handler:
+    """On a terminal coloured, elsewhere plain lines."""
     if sys.stderr.isatty():
         return RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
     return logging.StreamHandler()

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -28,11 +29,13 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, view_ids
 from llm_jepa_jax.eval.evaluate import Evaluator
 from llm_jepa_jax.eval.generate import Generator
+from llm_jepa_jax.eval.scores import RESULT
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.processes import wait_for_all
 from llm_jepa_jax.resolve import attention_backend, resolve
 from llm_jepa_jax.run_directory import check_directory, claim, open_run
 from llm_jepa_jax.text.chat import Message, render_prompt
+from llm_jepa_jax.text.checkpoint_files import write_whole
 from llm_jepa_jax.text.tokenizer import Tokenizer, cached_tokenizer, load_tokenizer, saved_tokenizer
 from llm_jepa_jax.train.loop import train as run_training
 from llm_jepa_jax.train.phases import Phases
@@ -58,9 +61,9 @@ class Job:
         """Raises UserError where a task cannot be asked."""
         return Evaluator(self.config, self.mesh, self.tokenizer, self.splits.eval)
 
-    def evaluate(self, workdir: pathlib.Path, phases: Phases, last_step: int) -> Evaluate | None:
-        """What scores parameters; None where there is nothing to ask."""
-        return _Evaluate(self.evaluator, workdir / "eval", phases, last_step) if self.evaluator.tasks else None
+    def evaluate(self, directory: pathlib.Path, phases: Phases, last_step: int) -> Evaluate | None:
+        """What scores parameters, its verdicts going to `directory`; None where there is nothing to ask."""
+        return _Evaluate(self.evaluator, directory, phases, last_step) if self.evaluator.tasks else None
 
 
 def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
@@ -126,9 +129,11 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
         data = make_train_data(config, job.tokenizer, job.splits.train, job.splits.weights)
     wait_for_all("claim")  # others may still be looking at what the directory holds
     claim(workdir, config, job.tokenizer, job.splits)
+    if jax.process_index() == 0:
+        (workdir / RESULT).unlink(missing_ok=True)  # there, it says that all is done
     _log_data(data)
     factory = state_factory(config, job.mesh, data.num_steps)
-    result = run_training(factory, data, workdir, phases, job.evaluate(workdir, phases, data.num_steps))
+    result = run_training(factory, data, workdir, phases, job.evaluate(workdir / "eval", phases, data.num_steps))
     if not result.stopped_early and config.log.report:
         with phases.phase("report"):
             pairs = _embed_pairs(job, result.state.whole)
@@ -147,7 +152,15 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     names = ("ntp_loss", "jepa_loss", "cos_pair", "cos_shuffled", *tasks, "tokens_per_s", "examples_per_s")
     metrics = {name: result.metrics[name] for name in names if name in result.metrics}
     report = {"report": str(workdir / "report.html")} if (workdir / "report.html").exists() else {}
-    return {"step": result.step} | metrics | {"workdir": str(workdir)} | report
+    found = {"step": result.step} | metrics | {"workdir": str(workdir)} | report
+    if not result.stopped_early:
+        _write_result(workdir, found)
+    return found
+
+
+def _write_result(directory: pathlib.Path, result: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        write_whole(directory / RESULT, (json.dumps(result) + "\n").encode())
 
 
 def _log_data(data: TrainData) -> None:
@@ -212,13 +225,21 @@ def _evenly(total: int, most: int) -> list[int]:
     return np.linspace(0, total - 1, min(most, total)).round().astype(int).tolist()
 
 
-def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-    """Scores the newest checkpoint of a run on its evaluation split."""
+def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str = "") -> dict[str, Any]:
+    """Scores the newest checkpoint of a run on its evaluation split.
+
+    Verdicts go to the run's `eval/`; with `out` to that directory, and the result into its `result.json`.
+    """
     run = open_run(workdir, freeze(values))
     job = Job(run.config, run.mesh, run.tokenizer, open_splits(run.config.data, run.config.seed))
-    score = job.evaluate(workdir, Phases(None), run.step)
+    directory = pathlib.Path(out) if out else workdir / "eval"
+    score = job.evaluate(directory, Phases(None), run.step)
     scores = score(run.params, run.step) if score else {}
-    return {"step": run.step} | scores | {"workdir": str(workdir)}
+    result = {"step": run.step} | scores | {"workdir": str(workdir)}
+    if out:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_result(directory, result)
+    return result
 
 
 def generate(values: ml_collections.ConfigDict, workdir: pathlib.Path, prompts: Sequence[str]) -> dict[str, Any]:

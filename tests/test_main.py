@@ -80,7 +80,13 @@ def trained(tmp_path_factory):
 def test_a_run_is_evaluated_generated_from_and_inspected_by_its_directory(trained, tmp_path, capsys, monkeypatch):
     workdir, result = trained
     monkeypatch.chdir(tmp_path)
-    evaluation = run(["main", "--mode=eval", f"--workdir={workdir}", "--config.eval.tasks=exact_match,perplexity"])
+    apart = ["--config.eval.tasks=exact_match,perplexity", f"--out={tmp_path / 'apart'}"]
+    evaluation = run(["main", "--mode=eval", f"--workdir={workdir}", *apart])
+    assert json.loads((tmp_path / "apart" / "result.json").read_text()) == evaluation
+    assert (tmp_path / "apart" / "perplexity-4.jsonl").exists() and not (
+        workdir / "eval" / "perplexity-4.jsonl"
+    ).exists()
+    assert json.loads((workdir / "result.json").read_text()) == result
     assert evaluation["exact_match"] == result["exact_match"] and evaluation["step"] == 4
     assert 1 < evaluation["perplexity_low"] < evaluation["perplexity"] < evaluation["perplexity_high"] < 512
     answers = run(["main", "--mode=generate", f"--workdir={workdir}", "--prompt=lines that lack a digit"])["answers"]

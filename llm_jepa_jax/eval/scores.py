@@ -14,6 +14,8 @@ from llm_jepa_jax.eval.task import Verdict
 Z95 = 1.959963984540054
 """The 97.5% point of the normal distribution."""
 RESAMPLES = 2000
+RESULT = "result.json"
+"""The last line of output as a file: of a run that has done all its steps and its last evaluation."""
 
 
 def wilson(right: float, asked: int) -> tuple[float, float]:

@@ -21,13 +21,13 @@ from llm_jepa_jax.flops import model_flops
 from llm_jepa_jax.models.transformer import count_params
 from llm_jepa_jax.objectives.diagnostics import collapse_metrics, collapse_warnings
 from llm_jepa_jax.objectives.total import enabled
-from llm_jepa_jax.parallel.sharding import global_batch, num_row_shards, placed_batch, row_parts
+from llm_jepa_jax.parallel.sharding import global_batch, num_row_shards, row_parts
 from llm_jepa_jax.train.metrics import MetricsWriter, Window, device_peak_flops, last_values, valid_pairs
 from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar, loss_text
 from llm_jepa_jax.train.saving import Evaluate, Saver, Scorer, due
 from llm_jepa_jax.train.state import StateFactory, TrainState, saved_part
-from llm_jepa_jax.train.step import make_train_step
+from llm_jepa_jax.train.step_flops import step_flops, traced_step
 from llm_jepa_jax.train.stopping import stop_on_sigterm
 from llm_jepa_jax.train.stragglers import Stragglers
 from llm_jepa_jax.train.watchdog import Watchdog
@@ -55,7 +55,7 @@ class Recorder:
         self._writer = MetricsWriter(workdir, step, config.log.tensorboard) if jax.process_index() == 0 else None
         self.last, self.scores = last_values(workdir, step)
         """The last training line, and the scores of the last step."""
-        self._pending: tuple[int, int, Any] | None = None
+        self._pending: tuple[int, int, float, Any] | None = None
         self._terms = [objective.name for objective in enabled(config.objective)]
         self._peak = device_peak_flops(mesh.devices.flat[0].device_kind)
         self._num_devices = mesh.size
@@ -69,10 +69,10 @@ class Recorder:
         self._waited += time.monotonic() - start
         return fetched
 
-    def push(self, step: int, row_length: int, metrics: Any) -> None:
+    def push(self, step: int, row_length: int, flops: float, metrics: Any) -> None:
         """Takes the metrics of the step just dispatched, and reads those of the step before."""
         self.flush()
-        self._pending = (step, row_length, metrics)
+        self._pending = (step, row_length, flops, metrics)
         self.scores = {}
 
     def flush(self) -> None:
@@ -83,9 +83,9 @@ class Recorder:
         """
         if self._pending is None:
             return
-        (step, row_length, metrics), self._pending = self._pending, None
+        (step, row_length, flops, metrics), self._pending = self._pending, None
         host = jax.device_get({"sums": metrics["sums"], "last": metrics["last"]})
-        self.window.add(host["sums"])
+        self.window.add(host["sums"] | {"flops": flops, "steps": 1})
         tokens, targets = float(host["sums"]["tokens"]), float(host["sums"]["target_tokens"])
         self._tokens += tokens
         self._examples += float(host["sums"]["examples"])
@@ -163,7 +163,7 @@ def train(
     watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
     save = Saver(checkpoints, recorder, config, watchdog)
     with phases.phase("compile the step"):
-        train_steps = [_compiled_step(factory, data.num_steps, kind) for kind in data.kinds]
+        train_steps, flops = zip(*(_compiled_step(factory, data.num_steps, kind) for kind in data.kinds), strict=True)
     # --- loop
     with stop_on_sigterm() as stop, watchdog:
         score = Scorer(config, evaluate, data.num_steps, recorder, checkpoints, stop, watchdog)
@@ -186,7 +186,7 @@ def train(
                     with jax.profiler.StepTraceAnnotation("train", step_num=step):
                         state, metrics = train_steps[kind](state, batch)
                     step += 1
-                    recorder.push(step, data.kinds[kind].row.length, metrics)
+                    recorder.push(step, data.kinds[kind].row.length, flops[kind], metrics)
                     bar.update(step, loss_text(recorder.last))
                     if step < data.num_steps and due(step, config.eval.every_steps, config.checkpoint.every_steps):
                         recorder.flush()
@@ -216,14 +216,15 @@ def _first_state(factory: StateFactory, checkpoints: Checkpoints) -> tuple[int, 
     return step, state, meta
 
 
-def _compiled_step(factory: StateFactory, num_steps: int, kind: StepShape) -> Any:
-    mesh, start = factory.mesh, time.monotonic()
-    batch = placed_batch(mesh, kind.rows, kind.row)
-    with jax.set_mesh(mesh):
-        step = make_train_step(factory, num_steps, kind.row.longest_segment)
-        compiled = step.lower(factory.abstract, batch).compile()
-    LOG.info("compiled: %s (%.1f s)", kind, time.monotonic() - start)
-    return compiled
+def _compiled_step(factory: StateFactory, num_steps: int, kind: StepShape) -> tuple[Any, float]:
+    """The step of a kind, and its FLOPs."""
+    start = time.monotonic()
+    traced = traced_step(factory, num_steps, kind)
+    with jax.set_mesh(factory.mesh):
+        compiled = traced.lower().compile()
+    flops = step_flops(factory, num_steps, kind, traced)
+    LOG.info("compiled: %s, %.4g GFLOP (%.1f s)", kind, flops / 1e9, time.monotonic() - start)
+    return compiled, flops
 
 
 def _global_batches(

@@ -53,6 +53,8 @@ class Window:
         if sums["pairs"] > 0:
             out["cos_pair"] = sums["cos_sum"] / sums["pairs"]
         out["target_tokens"], out["pairs"], out["examples"] = sums["target_tokens"], sums["pairs"], sums["examples"]
+        if sums.get("steps"):  # a window of an older run may have none yet
+            out["step_flops"] = sums["flops"] / sums["steps"]
         out["padding_share"] = 1.0 - sums["tokens"] / sums["slots"]
         return out
 
