@@ -309,6 +309,9 @@ class LogConfig:
     std_floor: float = key(
         0.01, "warn when a view's embeddings have a smaller standard deviation a dimension: they are equal; 0: never"
     )
+    cos_ceiling: float = key(
+        0.99, "warn when the mean cosine of views that do not belong together exceeds this: all point one way; 1: never"
+    )
     report_pairs: int = key(500, "pairs of views that the report's singular values and t-SNE use", "pairs")
 
 

@@ -35,6 +35,24 @@ def finetuning() -> ml_collections.ConfigDict:
     return config
 
 
+def published_row(checkpoint: str, data: str, task: str, learning_rate: float) -> ml_collections.ConfigDict:
+    """A fine-tuning row of the LLM-JEPA paper (arXiv 2509.14252): 4 epochs, every token a target, all weights trained.
+
+    `data` names the files `DATA_train.jsonl` and `DATA_test.jsonl`. A preset adds λ and k.
+    """
+    config = base_config()
+    config.init.checkpoint = checkpoint
+    config.data.update(
+        train=f"{data}_train.jsonl", eval=f"{data}_test.jsonl", layout="shared", row_length=2048, rows_per_step=8
+    )
+    config.objective.ntp.targets = "all"
+    config.mesh.update(data=1, fsdp=-1)
+    config.opt.update(learning_rate=learning_rate, warmup_steps=0, schedule="linear", weight_decay=0.0)
+    config.train.update(dtype="bfloat16", remat="dots", num_epochs=4)
+    config.eval.update(tasks=task, max_new_tokens=256, batch_size=128)
+    return config
+
+
 def llama3() -> ml_collections.ConfigDict:
     """What Llama 3.1, 3.2 and 3.3 models share; a preset adds the shape."""
     config = finetuning()
@@ -55,6 +73,7 @@ def olmo2() -> ml_collections.ConfigDict:
 
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks sizes and lengths, and keeps what makes the preset itself: dtypes, remat, rope, tying, objective."""
+    config.init.checkpoint = ""
     config.text.update(tokenizer="", chat_template="", vocab_size=512)
     config.data.train, config.data.eval = "synthetic", ""
     config.data.synthetic_train, config.data.synthetic_eval = 400, 40
@@ -75,7 +94,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.opt.warmup_steps = 1
     config.train.num_steps, config.train.num_epochs = 4, 0
     config.checkpoint.every_steps = 2
-    config.eval.every_steps, config.eval.final_examples = 0, 16
+    config.eval.every_steps, config.eval.final_examples, config.eval.tasks = 0, 16, "exact_match"
     config.eval.max_new_tokens, config.eval.batch_size = 16, 16
     config.log.every_steps, config.log.report_pairs = 1, 40
     return config

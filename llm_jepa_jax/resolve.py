@@ -101,6 +101,7 @@ SHARES = [
     "objective.vicreg.target_std",
     "data.eval_share",
     "data.max_dropped_share",
+    "log.cos_ceiling",
     "objective.jepa.dropout",
     "opt.final_scale",
     "opt.beta1",

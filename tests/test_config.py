@@ -25,18 +25,23 @@ from llm_jepa_jax.schema import flatten
 from llm_jepa_jax.vocabulary import with_vocabulary
 from tests.conftest import REPOSITORY
 
-PRESETS = sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py"))
+FOLDER = REPOSITORY / "configs"
+PRESETS = sorted(
+    str(path.relative_to(FOLDER).with_suffix("")) for path in [*FOLDER.glob("*.py"), *FOLDER.glob("paper/*.py")]
+)
 
 
 def preset(name):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "configs" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config
 
 
 def test_the_presets_are_there():
-    assert len(PRESETS) == 14 and {"tiny", "finetune", "llama8b", "openelm_1b"} <= set(PRESETS)
+    assert len(PRESETS) == 21 and {"tiny", "finetune", "llama8b", "openelm_1b", "paper/pretrain_llama1b"} <= set(
+        PRESETS
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -69,12 +69,13 @@ def test_what_prevents_collapse_does_without_next_token_prediction(spread):
 
 
 def test_collapse_is_named_once_per_view_and_measure():
-    metrics = {"rank_text": 1.2, "rank_code": 9.0, "std_text": 0.5, "std_code": 0.001}
-    assert collapse_warnings(metrics, 2.0, 0.01) == [
+    metrics = {"rank_text": 1.2, "rank_code": 9.0, "std_text": 0.5, "std_code": 0.001, "cos_shuffled": 0.998}
+    assert collapse_warnings(metrics, 2.0, 0.01, 0.99) == [
+        "cos_shuffled=0.998 is over `log.cos_ceiling`=0.99: all views point one way",
         "rank_text=1.2 is under `log.rank_floor`=2: the text view's embeddings collapse",
         "std_code=0.001 is under `log.std_floor`=0.01: the code view's embeddings collapse",
     ]
-    assert collapse_warnings(metrics, 0.0, 0.0) == collapse_warnings({}, 2.0, 0.01) == []
+    assert collapse_warnings(metrics, 0.0, 0.0, 1.0) == collapse_warnings({}, 2.0, 0.01, 0.99) == []
 
 
 def arguments(workdir):

@@ -30,9 +30,11 @@ def shuffled_cosines(text_NxD: np.ndarray, code_NxD: np.ndarray) -> np.ndarray:
     return pair_cosines(text_NxD, np.roll(code_NxD, 1, axis=0))
 
 
-def collapse_warnings(metrics: dict[str, float], rank_floor: float, std_floor: float) -> list[str]:
-    """In words, which of the views' measures lie under their floor; a floor of 0 never warns."""
-    return [
+def collapse_warnings(metrics: dict[str, float], rank_floor: float, std_floor: float, cos_ceiling: float) -> list[str]:
+    """In words, which measures of the views say that they collapse. A floor of 0 and a ceiling of 1 never warn."""
+    shuffled = metrics.get("cos_shuffled", 0.0)
+    alike = [f"cos_shuffled={shuffled:.4g} is over `log.cos_ceiling`={cos_ceiling:g}: all views point one way"]
+    return (alike if shuffled > cos_ceiling and cos_ceiling < 1 else []) + [
         f"{name}={metrics[name]:.3g} is under `{key}`={floor:g}: the {name[-4:]} view's embeddings collapse"
         for measure, key, floor in (("rank", "log.rank_floor", rank_floor), ("std", "log.std_floor", std_floor))
         for name in (f"{measure}_text", f"{measure}_code")

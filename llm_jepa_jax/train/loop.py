@@ -119,10 +119,12 @@ class Recorder:
     def _warn_of_collapse(self, step: int, values: dict[str, float]) -> None:
         """Once, until the measures are above their floors again."""
         log = self._config.log
-        found = collapse_warnings(values, log.rank_floor, log.std_floor)
+        found = collapse_warnings(values, log.rank_floor, log.std_floor, log.cos_ceiling)
         if found and not self._collapsed:
             LOG.warning(
-                "step %d: %s; consider objective.sigreg.weight or objective.vicreg.weight", step, "; ".join(found)
+                "step %d: %s; the embeddings collapse, consider objective.sigreg.weight or objective.vicreg.weight",
+                step,
+                "; ".join(found),
             )
         self._collapsed = bool(found)
 
