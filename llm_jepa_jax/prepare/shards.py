@@ -96,7 +96,9 @@ def _claim(out: pathlib.Path, identity: dict[str, Any]) -> None:
             raise UserError(f"--out={out}: is not empty, and holds no shards; name a new directory") from None
         for key, value in identity.items():
             if found.get(key) != value:
-                raise UserError(f"--out={out}: holds shards of another `{key}` ({IDENTITY}); remove it, or name another")
+                raise UserError(
+                    f"--out={out}: holds shards of another `{key}` ({IDENTITY}); remove it, or name another"
+                )
     for path in out.glob(".*.part"):
         path.unlink()  # of a run that was killed
     write_whole(out / IDENTITY, _json(identity))
