@@ -20,6 +20,8 @@ from llm_jepa_jax.main import run
 from llm_jepa_jax.prepare import line_ranges
 from llm_jepa_jax.prepare.line_ranges import cut
 from llm_jepa_jax.prepare.shards import prepare_shards
+from llm_jepa_jax.text.tokenizer import load_tokenizer
+from tests.chat_families import write_family
 from tests.conftest import small_config, small_data
 
 WORDS = ("a line", "with a digit", "twice", "and ünïcode", "or none of it. It ends.", "Never so!")
@@ -235,6 +237,17 @@ def test_shards_that_do_not_fit_the_run(files, directory, tokenizer_file, cache_
     data.write_bytes(damaged[:-1])
     with pytest.raises(UserError, match=r"00002-of-00004.array_record: is missing or cut"):
         train(out)
+
+
+def test_a_checkpoints_tokenizer_is_kept_with_its_template(tmp_path, cache_dir):
+    family = write_family("qwen3", tmp_path)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line_of(n)) + "\n" for n in range(0, 140, 7)))
+    prepared(tmp_path, tmp_path / "out", family, cache_dir, pairs="turns")
+    source, named = ShardSource(tmp_path / "out"), load_tokenizer(family)
+    assert source.manifest["tokenizer"] == named.fingerprint == source.tokenizer().fingerprint
+    source.check(source.tokenizer(), "turns")
+    with pytest.raises(UserError, match="of another tokenizer or chat template"):
+        source.check(load_tokenizer(family, "plain"), "turns")
 
 
 def test_wrong_commands(files, tokenizer_file, tmp_path):
