@@ -27,8 +27,9 @@ class Written:
         self._files: dict[str, TextIO] = {}
         self.counts: collections.Counter[str] = collections.Counter()
         """Lines of each split."""
-        self.dropped: dict[str, list[str]] = {}
-        """`file:line` of what was dropped, by reason."""
+        self.dropped: collections.Counter[str] = collections.Counter()
+        """Rows that became no record, by reason."""
+        self._first: dict[str, list[str]] = {}
 
     def add(self, split: str, line: dict[str, Any], where: str) -> None:
         """Writes one record.
@@ -45,7 +46,10 @@ class Written:
 
     def drop(self, reason: str, where: str) -> None:
         """Counts a row that becomes no record."""
-        self.dropped.setdefault(reason, []).append(where)
+        self.dropped[reason] += 1
+        first = self._first.setdefault(reason, [])
+        if len(first) < SHOWN:
+            first.append(where)
 
     def close(self, keep: bool) -> None:
         """Gives the files their names, or removes them."""
@@ -56,13 +60,10 @@ class Written:
 
     def report(self) -> dict[str, Any]:
         """Counts, as they are printed and kept."""
-        for reason, places in self.dropped.items():
-            more = ", …" if len(places) > SHOWN else ""
-            LOG.warning("%d rows dropped: %s (%s%s)", len(places), reason, ", ".join(places[:SHOWN]), more)
-        return {
-            "splits": dict(self.counts),
-            "dropped": {reason: len(places) for reason, places in self.dropped.items()},
-        }
+        for reason, count in self.dropped.items():
+            more = ", …" if count > SHOWN else ""
+            LOG.warning("%d rows dropped: %s (%s%s)", count, reason, ", ".join(self._first[reason]), more)
+        return {"splits": dict(self.counts), "dropped": dict(self.dropped)}
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def writing(directory: pathlib.Path, facts: dict[str, Any]) -> Iterator[Written]
     Raises:
         UserError: it holds something else, or no record is left to write.
     """
-    claim_directory(directory, facts["made"])
+    earlier = claim_directory(directory, facts["made"])
     written = Written(directory)
     kept = False
     try:
@@ -84,27 +85,33 @@ def writing(directory: pathlib.Path, facts: dict[str, Any]) -> Iterator[Written]
             reasons = ", ".join(f"{count} × {reason}" for reason, count in facts["dropped"].items())
             raise UserError(f"--source: no record is left of it ({reasons or 'it has no rows'}); is it the right one?")
         write_manifest(directory, facts)
-        for old in directory.glob("*.jsonl"):
-            old.unlink()  # a split that only the earlier preparation had must not stay
+        for split in earlier - written.counts.keys():
+            (directory / f"{split}.jsonl").unlink(missing_ok=True)  # it would not be what the manifest says
         kept = True
     finally:
         written.close(kept)
 
 
-def claim_directory(directory: pathlib.Path, made: str) -> None:
-    """Makes the directory; refuses one that holds anything that a preparation called `made` did not write."""
+def claim_directory(directory: pathlib.Path, made: str) -> set[str]:
+    """Makes the directory, and returns the splits that an earlier preparation called `made` left in it.
+
+    Raises:
+        UserError: it cannot be written, or holds something else.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={directory}: cannot write there: {error.strerror}; name another directory") from error
     if not any(path for path in directory.iterdir() if not path.name.endswith(".part")):
-        return
+        return set()
     try:
-        found = json.loads((directory / MANIFEST).read_text())["made"]
+        manifest = json.loads((directory / MANIFEST).read_text())
+        found, splits = manifest["made"], set(manifest["splits"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--out={directory}: is not empty, and nothing prepared; name a new directory") from None
     if found != made:
         raise UserError(f"--out={directory}: holds {found}, not {made}; name another directory")
+    return splits
 
 
 def write_manifest(directory: pathlib.Path, values: dict[str, Any]) -> None:
