@@ -4,6 +4,7 @@
 import json
 import multiprocessing
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -199,6 +200,18 @@ def test_processes_write_what_one_writes_and_stop_at_a_wrong_line(
         prepared(tmp_path, tmp_path / "wrong", tokenizer_file, cache_dir, ("wrong.jsonl",), processes=2)
     assert not (tmp_path / "wrong" / "manifest.json").exists() and not multiprocessing.active_children()
     assert not list((tmp_path / "wrong").glob(".*"))
+
+
+def test_a_full_disk_ends_with_one_line(files, tokenizer_file, cache_dir, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))  # a shard is at least 192 KiB
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(.*; make room, then run the same command again"):
+            prepared(files, tmp_path / "out", tokenizer_file, cache_dir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "out").glob("*.array_record")) and not list((tmp_path / "out").glob(".*"))
+    assert prepared(files, tmp_path / "out", tokenizer_file, cache_dir)["kept"] == 0
 
 
 def test_shards_that_do_not_fit_the_run(files, directory, tokenizer_file, cache_dir, tmp_path, tokenizer, monkeypatch):

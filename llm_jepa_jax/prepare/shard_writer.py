@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """One shard: lines to tokens on disk, in a process of its own."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from llm_jepa_jax.data.records import parse_records
 from llm_jepa_jax.data.shard_files import IndexWriter, encode, index_bytes, token_type
 from llm_jepa_jax.data.tokenized import tokenize_record
+from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.prepare.line_ranges import Span
 from llm_jepa_jax.prepare.source_files import sha256_of
 from llm_jepa_jax.text.checkpoint_files import write_whole
@@ -57,7 +60,7 @@ class Worker:
         """Writes a shard and its index, each whole or not at all, and returns its entry of the manifest.
 
         Raises:
-            UserError: a line is wrong (`file:line`).
+            UserError: a line is wrong (`file:line`), or there is no room.
             Stopped: see there.
         """
         part = job.directory / f".{job.name}.array_record.part"
@@ -79,11 +82,8 @@ class Worker:
         return entry | {"peak_rss_mib": peak_rss_mib()}
 
     def _records(self, job: Job, path: pathlib.Path) -> dict[str, np.ndarray]:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
         index, kind = IndexWriter(), token_type(self.tokenizer.vocab_size)
-        writer = ArrayRecordWriter(str(path), GROUP_SIZE)
-        try:
+        with _array_record(path) as writer:
             for span in job.spans:
                 for count, (number, where, text) in enumerate(span.lines()):
                     if count % STOP_LINES == 0 and self.stop.is_set():
@@ -93,9 +93,26 @@ class Worker:
                         tokens = tokenize_record(record, self.tokenizer, self.pairs, where)
                         writer.write(encode(tokens, record, kind))
                         index.add(tokens, span.file, number, member if len(records) > 1 else -1)
-        finally:
-            writer.close()
         return index.arrays()
+
+
+@contextlib.contextmanager
+def _array_record(path: pathlib.Path) -> Iterator[ArrayRecordWriter]:
+    """A file to write records to; what goes wrong with it is only known when it is closed."""
+    writer = ArrayRecordWriter(str(path), GROUP_SIZE)
+    try:
+        yield writer
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
+        raise
+    try:
+        writer.close()
+    except RuntimeError as error:
+        words = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path}: cannot be written ({words}); make room, then run the same command again: whole shards are kept"
+        ) from error
 
 
 def kept(job: Job) -> dict[str, Any] | None:
