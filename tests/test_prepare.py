@@ -3,10 +3,14 @@
 
 import gzip
 import hashlib
+import http.server
 import io
 import json
-import pathlib
+import shutil
+import ssl
+import subprocess
 import tarfile
+import threading
 import zipfile
 
 import pytest
@@ -132,7 +136,7 @@ def test_rotten_tomatoes_in_a_tar(shared_dir, tmp_path):
 
 
 def test_yelp_of_both_kinds(tmp_path):
-    text = '"2","Good ""pizza"".\\nWe come back, often"\n"1","  "\n"1","Cold"\n'
+    text = '"2","Good \\""pizza\\"".\\nWe come back, often"\n"1","  "\n"1","Cold"\n'
     for kind in ("polarity", "full"):
         directory = tmp_path / f"yelp_review_{kind}_csv"
         directory.mkdir()
@@ -143,6 +147,11 @@ def test_yelp_of_both_kinds(tmp_path):
     assert first.messages[1].content == 'Good "pizza".\nWe come back, often' and first.messages[2].content == "Good"
     assert second.messages[2].content == "Bad"
     assert [r.messages[2].content for r in records(tmp_path / "full" / "test.jsonl")] == ["2 stars", "1 star"]
+    with tarfile.open(tmp_path / "yelp_review_full_csv.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "yelp_review_full_csv" / "test.csv", "yelp_review_full_csv/test.csv")
+    prepare(tmp_path / "archive", tmp_path / "yelp_review_full_csv.tgz", "--dataset=yelp")
+    made = [(tmp_path / name / "test.jsonl").read_bytes() for name in ("archive", "full")]
+    assert made[0] == made[1]
     (tmp_path / "test.csv").write_text(text)
     with pytest.raises(UserError, match="must say `polarity` or `full`"):
         prepare(tmp_path / "none", tmp_path / "test.csv", "--dataset=yelp")
@@ -215,23 +224,70 @@ def test_checksums(tmp_path, caplog):
 def test_fetched_files_must_be_the_recorded_ones(tmp_path, monkeypatch):
     """What comes from an address is compared; the network itself is not part of this test."""
     original = known()["gsm8k"].originals[1]
-    monkeypatch.setattr(download, "_copy", lambda url, target: gsm8k_file(pathlib.Path(target)))
+    monkeypatch.setattr(download, "_copy", lambda url, target: gsm8k_file(target))
     cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
     with pytest.raises(UserError, match=f"not {original.sha256} fetched from {original.url}; remove it"):
         prepare(tmp_path / "out", original.url, "--dataset=gsm8k", cache)
-    result = prepare(tmp_path / "out", "https://example.org/test.jsonl", "--dataset=gsm8k", cache)
-    assert result["sources"][0]["file"] == "https://example.org/test.jsonl"
-
-    def cut(url, target):
-        gsm8k_file(pathlib.Path(target))
-        raise ConnectionError("5 of 9 bytes came")
-
-    monkeypatch.setattr(download, "_copy", cut)
-    with pytest.raises(TryAgainError, match="5 of 9 bytes came"):
-        prepare(tmp_path / "out", "https://example.org/cut/test.jsonl", "--dataset=gsm8k", cache)
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and "part" in path.name]
     with pytest.raises(UserError, match="not a https address"):
         prepare(tmp_path / "out", "http://example.org/test.jsonl", "--dataset=gsm8k", cache)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """A file, one cut short, one that is not there, and one that has moved to http."""
+
+    data = b'{"question": "1+1?", "answer": "#### 2"}\n' * 3
+
+    def do_GET(self):
+        codes = {"/gone/test.jsonl": 404, "/moved/test.jsonl": 302}
+        self.send_response(codes.get(self.path, 200))
+        self.send_header("Content-Length", str(len(self.data)))
+        self.send_header("Location", "http://localhost:1/test.jsonl")
+        self.end_headers()
+        self.wfile.write(self.data[:40] if self.path == "/cut/test.jsonl" else self.data)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The address of a https server here, whose certificate is trusted."""
+    if shutil.which("openssl") is None:
+        pytest.skip("a certificate for the server needs openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as running:
+        running.socket = context.wrap_socket(running.socket, server_side=True)
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"https://localhost:{running.server_port}"
+        running.shutdown()
+
+
+def test_files_are_fetched_once_and_whole(tmp_path, server, monkeypatch):
+    cache = f"--config.data.cache_dir={tmp_path / 'cache'}"
+
+    def fetch(path):
+        return prepare(tmp_path / "out", f"{server}{path}/test.jsonl", "--dataset=gsm8k", cache)
+
+    result = fetch("")
+    assert result["splits"] == {"test": 3} and result["sources"][0]["file"] == f"{server}/test.jsonl"
+    with pytest.raises(TryAgainError, match="40 of 123 bytes came"):
+        fetch("/cut")
+    with pytest.raises(UserError, match="the server says 404"):
+        fetch("/gone")
+    with pytest.raises(UserError, match="leads to http://localhost:1/test.jsonl, which is not https"):
+        fetch("/moved")
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert [path.name for path in kept] == ["test.jsonl"]
+    monkeypatch.setattr(Handler, "data", b"")
+    assert fetch("")["splits"] == {"test": 3}, "from the cache"
 
 
 def test_damaged_and_dangerous_archives(tmp_path):

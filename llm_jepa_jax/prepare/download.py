@@ -2,12 +2,15 @@
 """Files by https, kept in the cache under their address."""
 
 import hashlib
+import http.client
 import logging
 import pathlib
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from typing import Any
 
 from llm_jepa_jax.errors import TryAgainError, UserError
 from llm_jepa_jax.prepare.source_files import CHUNK
@@ -38,7 +41,7 @@ def fetch(url: str, cache_dir: pathlib.Path) -> pathlib.Path:
         part.replace(target)
     except urllib.error.HTTPError as error:
         raise UserError(f"--source={url}: the server says {error.code} {error.reason}; fetch it by hand") from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise TryAgainError(f"--source={url}: cannot be fetched ({reason}); fetch it by hand, or try again") from error
     finally:
@@ -46,10 +49,18 @@ def fetch(url: str, cache_dir: pathlib.Path) -> pathlib.Path:
     return target
 
 
+class _OnlyHttps(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request: Any, *arguments: Any) -> Any:
+        following = super().redirect_request(request, *arguments)
+        if following is not None and following.type != "https":
+            address = request.full_url
+            raise UserError(f"--source={address}: leads to {following.full_url}, which is not https; fetch it by hand")
+        return following
+
+
 def _copy(url: str, target: pathlib.Path) -> None:
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response, target.open("wb") as file:
-        if urllib.parse.urlsplit(response.url).scheme != "https":
-            raise UserError(f"--source={url}: leads to {response.url}, which is not https; fetch it by hand")
+    opener = urllib.request.build_opener(_OnlyHttps)
+    with opener.open(url, timeout=TIMEOUT_SECONDS) as response, target.open("wb") as file:
         wanted, got = response.headers.get("Content-Length"), 0
         while chunk := response.read(CHUNK):
             file.write(chunk)

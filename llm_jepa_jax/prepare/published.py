@@ -67,7 +67,7 @@ def _layout(dataset: DataSet, files: dict[str, SourceFile], named: str) -> tuple
         there = {split: names for split, names in layout.splits.items() if set(names) <= set(files)}
         if not there:
             continue
-        for split in layout.splits.keys() - there.keys():
+        for split in [split for split in layout.splits if split not in there]:
             missing = " and ".join(name for name in layout.splits[split] if name not in files)
             LOG.info("%s: no %s split, as %s is not there", dataset.name, split, missing)
         return layout, there

@@ -2,13 +2,15 @@
 """Rows of text files: JSON lines, JSON lists, comma- or tab-separated values, and parallel files."""
 
 import csv
+import io
 import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
 
+from llm_jepa_jax.data.sources import UTF8_MARK
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.prepare.source_files import READ_ERRORS, SourceFile
+from llm_jepa_jax.prepare.source_files import SourceFile, decoded
 
 FIELD_BYTES = 1 << 24
 """Longest field of a CSV file."""
@@ -33,7 +35,7 @@ def json_list(file: SourceFile) -> Iterator[tuple[str, Any]]:
     """
     with file.opened() as opened:
         data = opened.read()
-    values = _json(data.decode("utf-8-sig", errors="surrogateescape"), file.origin)
+    values = _json(decoded(data.removeprefix(UTF8_MARK), file.origin), file.origin)
     if not isinstance(values, list):
         raise UserError(f"{file.origin}: a JSON list belongs here, not {type(values).__name__}")
     yield from ((f"{file.origin}: entry {number}", value) for number, value in enumerate(values, start=1))
@@ -56,7 +58,8 @@ def separated(file: SourceFile, delimiter: str = ",", quoted: bool = True) -> It
     csv.field_size_limit(FIELD_BYTES)
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     line = 1
-    with file.text() as text:
+    with file.opened() as opened:
+        text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
         reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=quoted)
         try:
             for fields in reader:
@@ -65,7 +68,7 @@ def separated(file: SourceFile, delimiter: str = ",", quoted: bool = True) -> It
                     yield where, fields
         except UnicodeDecodeError as error:
             raise UserError(f"{file.origin}:{line}: not UTF-8 near there; save it as UTF-8") from error
-        except (csv.Error, *READ_ERRORS) as error:
+        except csv.Error as error:
             raise UserError(f"{file.origin}:{line}: cannot be read ({error}); fetch the file again") from error
 
 

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
-import io
 import lzma
 import pathlib
 import tarfile
@@ -60,10 +59,6 @@ class SourceFile:
             for number, line in enumerate(file, start=1):
                 where = f"{self.origin}:{number}"
                 yield where, decoded(line.rstrip(b"\r\n"), where, encoding)
-
-    def text(self) -> io.TextIOWrapper:
-        """Its text for the `csv` module; to be used inside a `with` of its own."""
-        return io.TextIOWrapper(self.open().__enter__(), encoding="utf-8-sig", newline="")
 
 
 def decoded(line: bytes, where: str, encoding: str = "utf-8") -> str:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Yelp reviews with two classes or five, as Zhang et al. (2015) published them."""
 
+import re
+
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.prepare.dataset import DataSet, Layout, Line, Original, Rows, conversation
 from llm_jepa_jax.prepare.rows import separated
@@ -18,20 +20,21 @@ def rows(file: SourceFile) -> Rows:
     Raises:
         UserError: it does not.
     """
-    kinds = [system for system, part in ((POLARITY, "polarity"), (STARS, "full")) if part in file.origin]
-    if len(kinds) != 1:
+    said = re.findall("polarity|full", file.origin)
+    if not said:
         raise UserError(
             f"{file.origin}: two classes or five? Its path must say `polarity` or `full`, such as yelp_review_full_csv/"
         )
     for where, fields in separated(file):
-        yield where, (kinds[0], fields)
+        yield where, (POLARITY if said[-1] == "polarity" else STARS, fields)
 
 
 def record(row: tuple[str, list[str]], where: str) -> Line:
     system, fields = row
     if len(fields) != 2 or fields[0] not in LABELS[system]:
         raise UserError(f'{where}: a row is "CLASS","REVIEW" with a class of {", ".join(LABELS[system])}')
-    return conversation(system, fields[1].replace("\\n", "\n").strip(), LABELS[system][fields[0]])
+    review = fields[1].replace("\\n", "\n").replace('\\"', '"')  # the files escape both
+    return conversation(system, review.strip(), LABELS[system][fields[0]])
 
 
 DATASET = DataSet(
