@@ -40,13 +40,14 @@ def test_a_parquet_directory_as_the_hub_has_it(table, tmp_path):
         ("validation", table),
     ):
         pyarrow.parquet.write_table(rows, data / f"{name}.parquet", row_group_size=1)
-    (tmp_path / "in" / "README.md").write_text("a card")
+    (tmp_path / "in" / "README.md").write_text("---\nlanguage: en\nlicense: cc-by-4.0\n---\na card")
     result = prepare(tmp_path / "out", tmp_path / "in", "text=question,code=query")
     assert result["splits"] == {"train": 4, "dev": 5} and len(result["sources"]) == 3
+    assert result["licence"] == "cc-by-4.0"
     expected = [{"text": row["question"], "code": row["query"]} for row in ROWS]
     assert lines(tmp_path / "out" / "train.jsonl") == expected[:4]
     assert lines(tmp_path / "out" / "dev.jsonl") == expected
-    with pytest.raises(UserError, match=r"parquet: no column `querry`; its columns are question, query, db, n"):
+    with pytest.raises(UserError, match=r"parquet: no column `querry`; the columns are question, query, db, n"):
         prepare(tmp_path / "out2", tmp_path / "in", "text=question,code=querry")
     data.joinpath("validation.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(UserError, match=r"validation.parquet: cannot be read behind row 0"):
@@ -64,10 +65,12 @@ def test_arrow_directories_of_save_to_disk(table, tmp_path, kind):
     with getattr(pyarrow.ipc, f"new_{kind}")(str(directory / "data-00000-of-00001.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=2)
     prepare(
-        tmp_path / "out", tmp_path / "in", "system=SQL for {db}.,user={question}\\n({n}, of course),assistant=query"
+        tmp_path / "out",
+        tmp_path / "in",
+        'system="Write SQL.",user={db}: {question}\\n({n}, of course),assistant=query',
     )
     first = lines(tmp_path / "out" / "test.jsonl")[1]["messages"]
-    assert [turn["content"] for turn in first] == ["SQL for music.", "How many, 1?\n(1, of course)", "SELECT 1"]
+    assert [turn["content"] for turn in first] == ["Write SQL.", "music: How many, 1?\n(1, of course)", "SELECT 1"]
     assert [turn["role"] for turn in first] == ["system", "user", "assistant"]
 
 
@@ -104,12 +107,15 @@ def test_conversations_and_groups(tmp_path):
 
 
 def test_columns_that_make_no_record():
-    assert parse_columns("user=a, b,assistant=c").values == {"user": "a, b", "assistant": "c"}
+    assert parse_columns('system="Say, {a}.",user=a, b,assistant=c\\n{d}').values == {
+        "system": "Say, {a}.", "user": "{a, b}", "assistant": "c\n{d}",
+    }  # fmt: skip
     for text, match in (
         ("question=a", "'question=a' is no PART=COLUMN"),
         ("text=a", "these parts make no record"),
         ("text=a,text=b", "`text` comes twice"),
         ("document=a,code=b", "these parts make no record"),
+        ("group={a} and {b}", "`group` takes the name of one column"),
         ("user=,assistant=b", "'user=' is no PART=COLUMN"),
     ):
         with pytest.raises(UserError, match=match):

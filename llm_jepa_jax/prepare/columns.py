@@ -4,7 +4,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llm_jepa_jax.errors import UserError
@@ -13,8 +13,9 @@ from llm_jepa_jax.prepare.dataset import Drop, Line
 PARTS = ("system", "user", "assistant", "messages", "text", "code", "group", "document")
 FORMS = (
     "user=…,assistant=… (with system=… if wanted), messages=COLUMN, text=…,code=…, group=COLUMN, or document=…; "
-    "a value is a column's name, or a template such as 'For {db_id}:\\n{question}'"
+    'a value is a column\'s name, a template such as For {db_id}:\\n{question}, or "fixed text"'
 )
+LISTS = ("messages", "group")
 PLACE = re.compile(r"\{([^{}]+)\}")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 """Other names of roles in published conversations."""
@@ -29,12 +30,12 @@ class Columns:
     """What each part of a record is made of."""
 
     values: dict[str, str]
+    """Templates by part; a column's name alone is one too."""
 
     @property
     def names(self) -> list[str]:
         """The columns that are read."""
-        found = [name for value in self.values.values() for name in (PLACE.findall(value) or [value])]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(name for value in self.values.values() for name in PLACE.findall(value)))
 
     def record(self, row: Mapping[str, Any], where: str) -> Line:
         """The record of a row.
@@ -45,7 +46,7 @@ class Columns:
         """
         missing = [name for name in self.names if name not in row]
         if missing:
-            raise UserError(f"{where}: no column `{missing[0]}`; its columns are {', '.join(map(str, row))[:200]}")
+            raise UserError(f"{where}: {no_column(missing[0], row)}")
         made = {part: self._part(part, value, row, where) for part, value in self.values.items()}
         if "document" in made:
             return {"text": made["document"]}
@@ -53,15 +54,10 @@ class Columns:
         return ({"messages": turns} if turns else {}) | made
 
     def _part(self, part: str, value: str, row: Mapping[str, Any], where: str) -> Any:
-        if part == "messages":
-            return _messages(_listed(row[value], value, where), value, where)
-        if part == "group":
-            members = [_text(member, value, where) for member in _listed(row[value], value, where)]
-            if len(members) < 2:
-                raise Drop(f"fewer than 2 members in `{value}`")
-            return members
-        if not PLACE.search(value):
-            return _text(row[value], value, where)
+        if part in LISTS:
+            name = value[1:-1]
+            listed = _listed(row[name], name, where)
+            return (_messages if part == "messages" else _group)(listed, name, where)
         return PLACE.sub(lambda place: _text(row[place[1]], place[1], where), value)
 
 
@@ -78,12 +74,27 @@ def parse_columns(text: str) -> Columns:
             raise UserError(f"--columns={text}: {item!r} is no PART=COLUMN; use {FORMS}")
         if part in values:
             raise UserError(f"--columns={text}: `{part}` comes twice")
-        values[part] = value.replace("\\n", "\n")
+        values[part] = _template(value)
+        if part in LISTS and not PLACE.fullmatch(values[part]):
+            raise UserError(f"--columns={text}: `{part}` takes the name of one column, which holds lists")
     made = set(values)
     views = {"text", "code"}
     if made not in KINDS and not (views < made and made - views in KINDS[:3]):
         raise UserError(f"--columns={text}: these parts make no record; use {FORMS}")
     return Columns(values)
+
+
+def _template(value: str) -> str:
+    if len(value) > 2 and value[0] == value[-1] == '"':
+        value = value[1:-1]
+    elif not PLACE.search(value):
+        return f"{{{value}}}"
+    return value.replace("\\n", "\n")
+
+
+def no_column(name: str, names: Iterable[str]) -> str:
+    """What to say of a column that a table lacks."""
+    return f'no column `{name}`; the columns are {", ".join(map(str, names))[:200]}, and fixed text is written "{name}"'
 
 
 def _text(value: Any, name: str, where: str) -> str:
@@ -106,6 +117,12 @@ def _listed(value: Any, name: str, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise UserError(f"{where}: column `{name}` is {type(value).__name__}; a list belongs there")
     return value
+
+
+def _group(members: list[Any], name: str, where: str) -> list[str]:
+    if len(members) < 2:
+        raise Drop(f"fewer than 2 members in `{name}`")
+    return [_text(member, name, where) for member in members]
 
 
 def _messages(turns: list[Any], name: str, where: str) -> list[dict[str, str]]:

@@ -67,7 +67,8 @@ def cut(paths: Sequence[pathlib.Path], count: int) -> tuple[list[Input], list[li
     """
     sizes = [_size(path) for path in paths]
     total, before = sum(sizes), 0
-    inputs, parts = [], [[]] if paths else []
+    inputs: list[Input] = []
+    parts: list[list[Span]] = [[]]
     targets = [total * number // count for number in range(1, count)]
     for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
         wanted = [target - before for target in targets if before < target <= before + size]

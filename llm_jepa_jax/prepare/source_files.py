@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import lzma
@@ -110,7 +111,7 @@ def _members_of_zip(path: pathlib.Path) -> list[SourceFile]:
         with zipfile.ZipFile(path) as archive, archive.open(name) as file:
             yield file  # type: ignore[misc]
 
-    return [SourceFile(name, f"{path}:{name}", path, lambda name=name: start(name)) for name in names]
+    return [SourceFile(name, f"{path}:{name}", path, functools.partial(start, name)) for name in names]
 
 
 def _members_of_tar(path: pathlib.Path) -> list[SourceFile]:
@@ -125,7 +126,7 @@ def _members_of_tar(path: pathlib.Path) -> list[SourceFile]:
             with file:
                 yield file  # type: ignore[misc]
 
-    return [SourceFile(name, f"{path}:{name}", path, lambda name=name: start(name)) for name in names]
+    return [SourceFile(name, f"{path}:{name}", path, functools.partial(start, name)) for name in names]
 
 
 def _checked(path: pathlib.Path, names: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llm_jepa_jax.errors import TryAgainError, UserError
+from llm_jepa_jax.prepare.columns import no_column
 from llm_jepa_jax.prepare.rows import json_lines, json_list, separated, with_header
 from llm_jepa_jax.prepare.source_files import READ_ERRORS, SourceFile
 from llm_jepa_jax.prepare.sources import Sources
@@ -106,7 +107,7 @@ def _arrow_rows(file: SourceFile, columns: Sequence[str]) -> Iterator[Row]:
 def _check_columns(names: Sequence[str], wanted: Sequence[str], origin: str) -> None:
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise UserError(f"{origin}: no column `{missing[0]}`; its columns are {', '.join(names)[:200]}")
+        raise UserError(f"{origin}: {no_column(missing[0], names)}")
 
 
 def is_hub_name(source: str) -> bool:
