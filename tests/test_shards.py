@@ -159,6 +159,15 @@ def test_a_record_is_read_as_it_was_written(files, tokenizer):
             assert [v.tolist() for v in read.views[1::2]] == [v.tolist() for v in tokens.views["code"]]
 
 
+def test_many_shards_are_not_all_open(directory, monkeypatch):
+    monkeypatch.setattr(shards_module, "MOST_OPEN", 2)
+    few, all_open = ShardSource(directory), ShardSource(directory)
+    order = np.random.default_rng(0).permutation(len(few)).tolist()
+    read = [few[i] for i in order]
+    monkeypatch.undo()
+    assert read == [all_open[i] for i in order] and len(few._readers) == 2 < len(all_open._readers)
+
+
 def contents(out):
     return {path.name: path.read_bytes() for path in out.iterdir()}
 

@@ -31,6 +31,9 @@ from llm_jepa_jax.text.tokenizer import saved_tokenizer
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 """For one record at a time: Grain's source wakes a pool of threads for each, which took 26 times the processor time."""
 
+MOST_OPEN = 256
+"""Shards that are open at once: processes may have 1,024 files."""
+
 
 class ShardSource:
     """The records of a directory that `--mode=prepare --shards` wrote: those of its JSONL files, in their order.
@@ -67,6 +70,8 @@ class ShardSource:
         number = int(np.searchsorted(self._ends, index, side="right"))
         with self._lock:  # a reader has a place in its file
             if number not in self._readers:
+                if len(self._readers) >= MOST_OPEN:
+                    self._readers.pop(next(iter(self._readers))).close()
                 path = self.directory / f"{self.manifest['shards'][number]['name']}.array_record"
                 self._readers[number] = ArrayRecordReader(str(path), READER_OPTIONS)
             reader = self._readers[number]
