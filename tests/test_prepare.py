@@ -68,10 +68,15 @@ def test_nl_rx_without_splits(shared_dir, tmp_path):
     asked = {split: {record.messages[1].content for record in found} for split, found in splits.items()}
     assert not asked["train"] & asked["test"] and not asked["train"] & asked["dev"] and not asked["dev"] & asked["test"]
     assert 7700 < result["splits"]["train"] < 8300 and "sha256" in result["split_rule"]
-    other = prepare(
-        tmp_path / "other", f"{tmp_path / 'src.txt'},{tmp_path / 'targ.txt'}", "--dataset=nl_rx", "--config.seed=1"
-    )
-    assert other["splits"] != result["splits"]
+    for name in ("src.txt", "targ.txt"):
+        (tmp_path / name).write_text("".join((tmp_path / name).open().readlines()[:200]))
+    source = f"{tmp_path / 'src.txt'},{tmp_path / 'targ.txt'}"
+    by_seed = [prepare(tmp_path / "other", source, "--dataset=nl_rx", f"--config.seed={seed}") for seed in (0, 1)]
+    assert by_seed[0]["splits"] != by_seed[1]["splits"]
+    prepare(tmp_path / "other", source, "--dataset=nl_rx")
+    held_out = set(splits["dev"])
+    stayed = [record for record in expected[:200] if record in held_out]
+    assert records(tmp_path / "other" / "dev.jsonl") == stayed, "others have gone"
 
 
 def test_spider_in_an_archive(shared_dir, tmp_path):
