@@ -35,7 +35,8 @@ class TextConfig:
 class DataConfig:
     train: str = key(
         "synthetic",
-        "`synthetic` (the embedded corpus) or JSONL files `a.jsonl,b.jsonl*0.5`; `*w`: copies of each record an epoch",
+        "`synthetic` (the embedded corpus), or JSONL files and directories of shards: `a.jsonl,DIR*0.5`; "
+        "`*w`: copies of each record an epoch",
     )
     eval: str = key(
         "", "as `data.train`; empty: the corpus's own test split, or `data.eval_share` held out of the training files"

@@ -18,15 +18,17 @@ from llm_jepa_jax.errors import TRY_AGAIN, TryAgainError, UserError
 from llm_jepa_jax.huge_pages import use_huge_pages
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-MODES = ("train", "eval", "generate", "export", "verify", "inspect", "plan")
+MODES = ("train", "eval", "generate", "export", "verify", "inspect", "plan", "prepare")
 FORMATS = ("merged", "peft")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
 FLAGS_OF_MODES = {
-    "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify", "eval"), "against": ("verify",),
+    "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify", "eval", "prepare"),
+    "against": ("verify",),
     "max_positions": ("verify",), "dtype": ("export",), "shard_bytes": ("export",), "predictor_rows": ("export",),
     "format": ("export",), "topology": ("plan",), "search": ("plan",), "compiles": ("plan",),
     "chip_hour_price": ("plan",), "examples_per_row": ("plan",), "longest_segment": ("plan",),
-    "epoch_tokens": ("plan",),
+    "epoch_tokens": ("plan",), "dataset": ("prepare",), "source": ("prepare",), "sha256": ("prepare",),
+    "columns": ("prepare",), "shards": ("prepare",), "processes": ("prepare",),
 }  # fmt: skip
 """Flags that not every mode takes."""
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -45,7 +47,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
         "out",
         "",
-        "export: the directory to write; verify: where to put verify.png and verify.json; eval: where "
+        "export, prepare: the directory to write; verify: where to put verify.png and verify.json; eval: where "
         "verdicts and result.json go, not to the run's eval/",
         flag_values=values,
     )
@@ -66,6 +68,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_integer("process_id", None, "which of them this is, from 0", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all of them", lower_bound=1, flag_values=values)
     _define_plan_flags(values)
+    _define_prepare_flags(values)
     flags.DEFINE_bool("debug", False, "show the stack trace of an error", flag_values=values)
 
 
@@ -80,6 +83,19 @@ def _define_plan_flags(values: flags.FlagValues) -> None:
         "longest_segment", 0, "plan: tokens of the longest one; 0: twice the average", lower_bound=0, flag_values=values
     )
     number("epoch_tokens", 1e9, "plan: tokens of the training set", lower_bound=1.0, flag_values=values)
+
+
+def _define_prepare_flags(values: flags.FlagValues) -> None:
+    text, whole = flags.DEFINE_string, flags.DEFINE_integer
+    text("dataset", "", "prepare: a published data set, such as gsm8k; docs/data.md has all", flag_values=values)
+    text(
+        "source", "", "prepare: files, directories, archives or https addresses, with commas between",
+        flag_values=values,
+    )  # fmt: skip
+    text("sha256", "", "prepare: checksum that the one file read must have", flag_values=values)
+    text("columns", "", "prepare: a table's columns, such as text=question,code=query", flag_values=values)
+    whole("shards", 0, "prepare: files of tokens to write, from the JSONL files of --source", 0, flag_values=values)
+    whole("processes", 0, "prepare: processes that tokenise; 0: a core each", 0, flag_values=values)
 
 
 def _config_argument(argv: list[str]) -> str | None:
@@ -168,6 +184,10 @@ def run(argv: list[str]) -> dict[str, object]:
         from llm_jepa_jax.plan.mode import plan_from_flags  # before JAX starts: it chooses the devices to describe
 
         return plan_from_flags(values, pathlib.Path(values.workdir))
+    if values.mode == "prepare":
+        from llm_jepa_jax.prepare.mode import prepare_from_flags  # as little as it needs, in each of its processes
+
+        return prepare_from_flags(values)
     from llm_jepa_jax.parallel.processes import joined  # JAX starts here, after wrong flags have been refused
 
     with joined(values.coordinator, values.num_processes, values.process_id, values.start_timeout):

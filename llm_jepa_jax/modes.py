@@ -24,7 +24,7 @@ from llm_jepa_jax.checkpoint.places import is_url
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
-from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_splits
+from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_splits, shard_sources
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, view_ids
 from llm_jepa_jax.eval.evaluate import Evaluator
@@ -96,7 +96,7 @@ def _absolute(init: InitConfig) -> InitConfig:
 
 
 def _tokenizer(config: Config, workdir: pathlib.Path, source: Source, start: Initial | None) -> Tokenizer:
-    """The run's own tokenizer, else the one named, that of `init.checkpoint`, or one trained on the training split."""
+    """The run's own tokenizer, else that of `init.checkpoint`, the one named, shards', or one trained on the split."""
     saved = saved_tokenizer(workdir)
     if saved is not None:
         return saved
@@ -104,6 +104,8 @@ def _tokenizer(config: Config, workdir: pathlib.Path, source: Source, start: Ini
         return initial_tokenizer(config, start)
     if config.text.tokenizer:
         return load_tokenizer(config.text.tokenizer, config.text.chat_template)
+    for shards in shard_sources(source):
+        return shards.tokenizer()
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
 
     def texts() -> Iterator[str]:

@@ -32,7 +32,7 @@ ORDER = (
     ("train",),
     ("eval",),
     ("analysis",),
-    ("plan",),
+    ("plan", "prepare"),
     ("run_directory", "api", "modes", "publish", "verify", "main", "sweep"),
 )
 """A file imports from its own place or from places above it; those in one line do not import each other,

@@ -81,7 +81,7 @@ def test_random_access_lines_and_pickling(tmp_path):
 def test_wrong_files_name_the_fix(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         JsonlSource(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="is a directory"):
+    with pytest.raises(UserError, match="Is a directory"):
         JsonlSource(tmp_path)
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match="the file is empty"):

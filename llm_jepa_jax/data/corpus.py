@@ -10,18 +10,14 @@ import tempfile
 
 import numpy as np
 
-from llm_jepa_jax.data.cuts import Texts, sentence_bounds
-from llm_jepa_jax.data.records import Record
+from llm_jepa_jax.data.cuts import Texts
 from llm_jepa_jax.data.sources import Source
-from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.text.chat import Rendered, render, render_document, render_view
+from llm_jepa_jax.data.tokenized import VERSION, tokenize_record
 from llm_jepa_jax.text.interface import Tokenizer
 
-VERSION = "5"
-"""Changes with the layout of the files or the rendering of a conversation."""
 RAGGED = ("conversation", "sentences", "text_view", "code_view")
 """Arrays of different length for each record or, views, for each pair."""
-ALIGNED = ("roles", "assistant_target")
+ALIGNED = ("assistant_target",)
 """Arrays with one value for every token of the conversations."""
 FIXED = ("contents", "text_places", "view_headers", "pair_offsets")
 
@@ -31,8 +27,8 @@ class TokenizedCorpus:
     """Memory-mapped ragged arrays of N records and their Q pairs; pickles as its directory.
 
     `conversation` (of each record, plain text too), `text_view` and `code_view` (of each pair of a conversation) hold
-    int32 token ids, views without predictor tokens or end-of-turn token; `roles` (uint8) and `assistant_target` (bool)
-    go with the tokens of `conversation`; `sentences` are plain text's (`cuts.Texts`).
+    int32 token ids, views without predictor tokens or end-of-turn token; `assistant_target` (bool) goes with the tokens
+    of `conversation`; `sentences` are plain text's (`cuts.Texts`).
     """
 
     directory: pathlib.Path
@@ -122,27 +118,20 @@ def _publish(part: pathlib.Path, directory: pathlib.Path) -> None:
 
 def _write(source: Source, tokenizer: Tokenizer, directory: pathlib.Path, which: str) -> None:
     values: dict[str, list[np.ndarray]] = {name: [] for name in (*RAGGED, *ALIGNED)}
-    contents, text_places, view_headers, pair_offsets = [], [], [], [0]
+    contents: list[np.ndarray] = []
+    text_places: list[list[int]] = []
+    view_headers: list[list[int]] = []
+    pair_offsets = [0]
     for index in range(len(source)):
-        record = source[index]
-        pairs = record.pairs(which)
-        try:
-            rendered, bounds = _render(tokenizer, record)
-            texts = [render_view(tokenizer, "user", pair.text) for pair in pairs]
-            codes = [render_view(tokenizer, "assistant", pair.code) for pair in pairs]
-        except UserError as error:
-            raise UserError(f"{source.location(index)}: {error}") from error
-        values["conversation"].append(rendered.tokens)
-        values["roles"].append(rendered.roles)
-        values["assistant_target"].append(rendered.assistant_target)
-        values["sentences"].append(np.array(bounds, np.int32))
-        contents.append(rendered.contents[-2:].reshape(-1))
-        for pair, text, code in zip(pairs, texts, codes, strict=True):
-            named = pair.turn >= 0
-            text_places.append((rendered.starts[pair.turn], rendered.contents[pair.turn][1]) if named else (-1, -1))
-            view_headers.append((text.header, code.header))
-            values["text_view"].append(np.array(text.tokens, np.int32))
-            values["code_view"].append(np.array(code.tokens, np.int32))
+        record = tokenize_record(source[index], tokenizer, which, source.location(index))
+        values["conversation"].append(record.conversation)
+        values["assistant_target"].append(record.assistant_target)
+        values["sentences"].append(record.sentences)
+        values["text_view"] += record.views["text"]
+        values["code_view"] += record.views["code"]
+        contents.append(record.contents)
+        text_places += record.text_places.tolist()
+        view_headers += record.view_headers.tolist()
         pair_offsets.append(len(text_places))
     np.save(directory / "contents.npy", np.array(contents, np.int32))
     np.save(directory / "text_places.npy", np.array(text_places, np.int32).reshape(-1, 2))
@@ -153,11 +142,3 @@ def _write(source: Source, tokenizer: Tokenizer, directory: pathlib.Path, which:
         if name in RAGGED:
             offsets = np.cumsum([0, *map(len, arrays)])
             np.save(directory / f"{name}_offsets.npy", offsets.astype(np.int64))
-
-
-def _render(tokenizer: Tokenizer, record: Record) -> tuple[Rendered, list[int]]:
-    """A record's tokens, and the bounds of its sentences where it is plain text."""
-    if record.messages:
-        return render(tokenizer, record.messages), []
-    ids, places = tokenizer.encode_with_places(record.document)
-    return render_document(tokenizer, ids), sentence_bounds(record.document, places)

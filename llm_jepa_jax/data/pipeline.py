@@ -15,8 +15,8 @@ import numpy as np
 
 from llm_jepa_jax.batch import StepShape
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.data.corpus import TokenizedCorpus, tokenize_source
 from llm_jepa_jax.data.epochs import Epochs
+from llm_jepa_jax.data.indexed import Corpus, tokenized
 from llm_jepa_jax.data.kinds import make_kinds
 from llm_jepa_jax.data.packing import Plan
 from llm_jepa_jax.data.rows import RowBuilder
@@ -152,7 +152,7 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
     """
     cache_dir = pathlib.Path(config.data.cache_dir).expanduser()
     jepa, train = config.objective.jepa, config.train
-    corpus = tokenize_source(source, tokenizer, cache_dir, config.data.pairs)
+    corpus = tokenized(source, tokenizer, cache_dir, config.data.pairs)
     costs = example_costs(corpus, config)
     most_N = costs.tokens(costs.pairs_N)
     fits_N = most_N <= config.data.row_length
@@ -174,7 +174,7 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
     return TrainData(config, epochs, builder, num_steps, dropped, fits_N)
 
 
-def _check_views(config: Config, source: Source, corpus: TokenizedCorpus, costs: Costs) -> None:
+def _check_views(config: Config, source: Source, corpus: Corpus, costs: Costs) -> None:
     """Views must have a token where they are read; the shared layout reads the text view inside the conversation."""
     jepa = config.objective.jepa
     if not jepa.weight:

@@ -7,7 +7,7 @@ import numpy as np
 
 from llm_jepa_jax.batch import SPAN_BEFORE, SPAN_END, RowShape, empty_rows
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.data.corpus import TokenizedCorpus
+from llm_jepa_jax.data.indexed import Corpus
 from llm_jepa_jax.data.packing import Plan
 from llm_jepa_jax.data.spans import masked_texts, span_points, span_weights
 from llm_jepa_jax.data.views import VIEWS, Costs
@@ -33,7 +33,7 @@ class _Pair:
 class RowBuilder:
     """Builds rows of one corpus under one objective and layout."""
 
-    def __init__(self, corpus: TokenizedCorpus, config: Config, parts: ViewTokens, mask_id: int, costs: Costs):
+    def __init__(self, corpus: Corpus, config: Config, parts: ViewTokens, mask_id: int, costs: Costs):
         """`parts` belong to views, `mask_id` stands for a token taken out, `costs` say what is drawn."""
         self._corpus, self._objective = corpus, config.objective
         self._shared = config.data.layout == "shared"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random access to records: JSONL files through a byte-offset index, the embedded corpus, and splits of both."""
+"""Random access to records: JSONL files through a byte-offset index, shards, the embedded corpus, and their splits."""
 
 import bisect
 import dataclasses
@@ -16,6 +16,7 @@ import numpy as np
 from llm_jepa_jax.config import DataConfig
 from llm_jepa_jax.data import synthetic
 from llm_jepa_jax.data.records import Record, parse_records
+from llm_jepa_jax.data.shards import ShardSource
 from llm_jepa_jax.errors import UserError
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -69,8 +70,6 @@ class JsonlSource:
         self._members = np.arange(len(self.lines)) - np.repeat(np.cumsum(counts) - counts, counts)
 
     def _open(self) -> mmap.mmap:
-        if self.path.is_dir():
-            raise UserError(f"{self.path}: is a directory; name a JSONL file")
         try:
             with self.path.open("rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -162,42 +161,42 @@ class Subset:
     """Some records of a source."""
 
     def __init__(self, source: Source, indices: np.ndarray):
-        self._source, self._indices = source, indices
+        self.source, self.indices = source, indices
         self.content_hash = hashlib.sha256(
             source.content_hash.encode() + indices.astype(np.int64).tobytes()
         ).hexdigest()
 
     @property
     def lines(self) -> np.ndarray:
-        return self._source.lines[self._indices]
+        return self.source.lines[self.indices]
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def location(self, index: int) -> str:
-        return self._source.location(int(self._indices[index]))
+        return self.source.location(int(self.indices[index]))
 
     def __getitem__(self, index: int) -> Record:
-        return self._source[int(self._indices[index])]
+        return self.source[int(self.indices[index])]
 
 
 class Concatenated:
     """Several sources as one, in order."""
 
     def __init__(self, sources: Sequence[Source]):
-        self._sources = list(sources)
+        self.sources = list(sources)
         self._ends = np.cumsum([len(source) for source in sources]).tolist()
         self.content_hash = hashlib.sha256(" ".join(s.content_hash for s in sources).encode()).hexdigest()
 
     @property
     def lines(self) -> np.ndarray:
-        lines = [source.lines for source in self._sources]
+        lines = [source.lines for source in self.sources]
         firsts = np.cumsum([0, *(numbers[-1] + 1 for numbers in lines[:-1])])
         return np.concatenate([numbers + first for numbers, first in zip(lines, firsts, strict=True)])
 
     def _place(self, index: int) -> tuple[Source, int]:
         number = bisect.bisect_right(self._ends, index)
-        return self._sources[number], index - (self._ends[number - 1] if number else 0)
+        return self.sources[number], index - (self._ends[number - 1] if number else 0)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -249,6 +248,15 @@ def open_splits(config: DataConfig, seed: int) -> Splits:
     return Splits(Subset(train, kept), weights[kept], Subset(train, np.flatnonzero(held_out)))
 
 
+def shard_sources(source: Source) -> list[ShardSource]:
+    """The directories of shards that a source is made of, wholly or in part."""
+    if isinstance(source, Subset):
+        return shard_sources(source.source)
+    if isinstance(source, Concatenated):
+        return [found for part in source.sources for found in shard_sources(part)]
+    return [source] if isinstance(source, ShardSource) else []
+
+
 def with_conversation(source: Source) -> Subset:
     """The records that can be asked: all but plain text."""
     return Subset(source, np.array([i for i in range(len(source)) if source[i].messages], np.int64))
@@ -275,7 +283,7 @@ def _open_all(spec: str, key: str, config: DataConfig, split: str) -> tuple[Sour
         if name == "synthetic":
             source: Source = SyntheticSource(split, config.synthetic_train, config.synthetic_eval)
         elif name:
-            source = JsonlSource(name)
+            source = ShardSource(name) if pathlib.Path(name).expanduser().is_dir() else JsonlSource(name)
         else:
             raise UserError(f"config: `{key}`={spec} has an empty name; use `a.jsonl,b.jsonl*0.5`")
         sources.append(source)

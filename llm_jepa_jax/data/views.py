@@ -6,9 +6,9 @@ import dataclasses
 import numpy as np
 
 from llm_jepa_jax.config import Config
-from llm_jepa_jax.data.corpus import TokenizedCorpus
 from llm_jepa_jax.data.cuts import Texts, draw_cuts, most_cut
 from llm_jepa_jax.data.draws import uniform
+from llm_jepa_jax.data.indexed import Corpus
 from llm_jepa_jax.data.spans import content_points, draw_spans, masked_tokens
 from llm_jepa_jax.objective_config import StpConfig
 from llm_jepa_jax.text.chat import DOCUMENT_HEADER
@@ -104,7 +104,7 @@ def branch_size(config: Config) -> int:
     return jepa.num_predictors + (jepa.view_end == "turn") if on_branch else 0
 
 
-def example_costs(corpus: TokenizedCorpus, config: Config) -> Costs:
+def example_costs(corpus: Corpus, config: Config) -> Costs:
     """Exact costs of every record under the layout and the objective."""
     stp, jepa, how = config.objective.stp, config.objective.jepa, config.data.text_views
     laid = (VIEWS if config.data.layout != "shared" else VIEWS[1:]) if jepa.weight else ()
@@ -133,7 +133,7 @@ def example_costs(corpus: TokenizedCorpus, config: Config) -> Costs:
     )  # fmt: skip
 
 
-def records_of_pairs(corpus: TokenizedCorpus) -> np.ndarray:
+def records_of_pairs(corpus: Corpus) -> np.ndarray:
     """int64 [Q]: the record that each pair of a conversation belongs to."""
     return np.repeat(np.arange(len(corpus)), np.diff(corpus.pair_offsets))
 
@@ -144,7 +144,7 @@ def added_tokens(config: Config) -> dict[str, int]:
     return {view: (jepa.view_end == "turn") + jepa.num_predictors * (view == jepa.source) for view in VIEWS}
 
 
-def shortest_views(corpus: TokenizedCorpus, config: Config) -> dict[str, np.ndarray]:
+def shortest_views(corpus: Corpus, config: Config) -> dict[str, np.ndarray]:
     """int64 [N] tokens of the shortest `text` and `code` view that each record can have, as a segment of its own."""
     texts, how = corpus.texts, config.data.text_views
     lengths = {}
@@ -155,6 +155,6 @@ def shortest_views(corpus: TokenizedCorpus, config: Config) -> dict[str, np.ndar
     return lengths
 
 
-def _view_lengths(corpus: TokenizedCorpus) -> dict[str, np.ndarray]:
+def _view_lengths(corpus: Corpus) -> dict[str, np.ndarray]:
     """int64 [Q] tokens of the views of conversations, header and content."""
     return {view: corpus.lengths(f"{view}_view") for view in VIEWS}

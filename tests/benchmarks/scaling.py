@@ -71,13 +71,22 @@ def line_of(preset: str, variant: str, topology_name: str, compiled: bool) -> di
     timeline, tokens = found.timeline, config.data.rows_per_step * shape.length
     waits = {f"{'x'.join(axes)} {kind}": each.exposed for (axes, _, kind), each in timeline.traffic.items()}
     return line | {
-        "fits": True, "how": found.how, "mesh": dict(found.mesh.shape),
-        "micro_batches": found.config.train.micro_batches, "remat": found.config.train.remat, "peak_gib": found.memory.peak / GIB, "has_gib": topology.chip.hbm / GIB,
-        "seconds": timeline.seconds, "computing": timeline.compute, "kernels": timeline.kernels,
-        "waiting": timeline.exposed, "waits": waits, "utilisation": found.utilisation(shape, topology),
-        "tokens_per_s": tokens / timeline.seconds, "chip_hours_per_1e9_tokens":
-            1e9 / tokens * timeline.seconds / 3600 * topology.num_chips,
-    }  # fmt: skip
+        "fits": True,
+        "how": found.how,
+        "mesh": dict(found.mesh.shape),
+        "micro_batches": found.config.train.micro_batches,
+        "remat": found.config.train.remat,
+        "peak_gib": found.memory.peak / GIB,
+        "has_gib": topology.chip.hbm / GIB,
+        "seconds": timeline.seconds,
+        "computing": timeline.compute,
+        "kernels": timeline.kernels,
+        "waiting": timeline.exposed,
+        "waits": waits,
+        "utilisation": found.utilisation(shape, topology),
+        "tokens_per_s": tokens / timeline.seconds,
+        "chip_hours_per_1e9_tokens": 1e9 / tokens * timeline.seconds / 3600 * topology.num_chips,
+    }
 
 
 def table(lines: list[dict[str, Any]]) -> str:
