@@ -7,21 +7,21 @@ A disk that fails or is full does not end a run: it goes on with the last good c
 import contextlib
 import json
 import logging
-import pathlib
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from llm_jepa_jax.checkpoint.checksums import as_saved, as_wanted, check, describe, opened, sealed
-from llm_jepa_jax.checkpoint.places import Place, absolute
+from llm_jepa_jax.checkpoint.places import Place, absolute, is_url, move, pauses
 from llm_jepa_jax.config import CheckpointConfig
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.parallel.processes import any_process, wait_for_all
+from llm_jepa_jax.text.checkpoint_files import write_whole
 
 LOG = logging.getLogger("llm_jepa_jax")
 NO_SPACE_WORDS = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota exceeded")
@@ -35,8 +35,8 @@ class Checkpoints:
     The newest `keep_last` stay, and the `keep_best` best by quality (`DIRECTORY/quality.json`).
     """
 
-    def __init__(self, directory: pathlib.Path, config: CheckpointConfig):
-        self.directory = directory.absolute()
+    def __init__(self, directory: Place, config: CheckpointConfig):
+        self.directory = epath.Path(absolute(directory))
         self._invalid = self.directory.parent / "invalid_checkpoints"
         self._config = config
         self._quality = _Quality(self.directory / "quality.json", config.keep_best)
@@ -48,8 +48,9 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
-            for torn in self.directory.glob("*.orbax-checkpoint-tmp*"):  # of a killed run or a full disk
-                shutil.rmtree(torn, ignore_errors=True)
+            for torn in _torn(self.directory):  # of a killed run or a full disk
+                with contextlib.suppress(Exception):
+                    torn.rmtree()
         wait_for_all("open checkpoints")
         policies: list[Any] = [checkpoint_managers.LatestN(self._config.keep_last), self._quality]
         options = ocp.CheckpointManagerOptions(
@@ -88,7 +89,7 @@ class Checkpoints:
             UserError: it could not be written.
         """
         self._settle()
-        for pause in _pauses(self._config.retry_seconds):
+        for pause in pauses(self._config.retry_seconds):
             if step in self.steps():
                 return
             self.save(step, state, meta)
@@ -115,7 +116,7 @@ class Checkpoints:
 
     def _written(self, manager: ocp.CheckpointManager, step: int) -> None:
         manager.wait_until_finished()
-        if jax.process_index() == 0 and not (self.directory / str(step)).is_dir():
+        if jax.process_index() == 0 and step not in saved_steps(self.directory):
             raise OSError(f"{self.directory / str(step)} is not there")
 
     def _try(self, write: Callable[[ocp.CheckpointManager], None]) -> None:
@@ -159,9 +160,8 @@ class Checkpoints:
     def _set_aside(self, step: int, error: Exception) -> None:
         LOG.warning("CHECKPOINT %s IS DAMAGED AND SKIPPED (%s)", self.directory / str(step), _words(error))
         if jax.process_index() == 0:
-            self._invalid.mkdir(exist_ok=True)
-            number = sum(1 for path in self._invalid.iterdir() if path.name.startswith(f"{step}-"))
-            (self.directory / str(step)).rename(self._invalid / f"{step}-{number}")
+            number = len(list(self._invalid.glob(f"{step}-*")))
+            move(self.directory / str(step), self._invalid / f"{step}-{number}")
         wait_for_all("set aside")
         if self._manager:
             self._manager.close()
@@ -171,7 +171,7 @@ class Checkpoints:
 class _Quality:
     """Keeps the best checkpoints, as an Orbax preservation policy; a quality may be told after the save."""
 
-    def __init__(self, path: pathlib.Path, count: int):
+    def __init__(self, path: epath.Path, count: int):
         self._path, self._count = path, count
         self._known: dict[int, float] = {}
         with contextlib.suppress(OSError, ValueError, AttributeError):  # torn by a kill: none of them is best then
@@ -182,10 +182,8 @@ class _Quality:
         self._known = {step: value for step, value in self._known.items() if step in steps} | {step: quality}
         if jax.process_index() == 0:
             try:
-                part = self._path.with_suffix(".json.part")
-                part.write_text(json.dumps(self._known) + "\n")
-                part.replace(self._path)
-            except OSError as error:
+                write_whole(self._path, (json.dumps(self._known) + "\n").encode())
+            except Exception as error:  # each store's library has types of its own
                 LOG.warning("%s: not written (%s); after a restart no one knows which is best", self._path, error)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
@@ -195,10 +193,21 @@ class _Quality:
         return [info.step in best for info in checkpoints]
 
 
-def _pauses(seconds: float) -> list[float]:
-    """1, 2, 4, … seconds between attempts, `seconds` of them in all; 0 after the last one."""
-    pauses = [min(2.0**n, seconds - (2.0**n - 1)) for n in range(32) if 2.0**n - 1 < seconds]
-    return [*pauses, 0.0]
+def saved_steps(directory: Place) -> list[int]:
+    """Steps of which there is a whole checkpoint, oldest first; it may be damaged all the same."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in epath.Path(absolute(directory)).iterdir() if path.name.isdigit()]
+    return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+
+
+def _torn(directory: epath.Path) -> list[epath.Path]:
+    """Checkpoints that nobody finished. In a store they have their final name, but no mark that they are whole."""
+    paths = list(directory.iterdir()) if directory.is_dir() else []
+    unfinished = [path for path in paths if "orbax-checkpoint-tmp" in path.name]
+    if is_url(directory):
+        unfinished += [p for p in paths if p.name.isdigit() and not ocp.utils.is_checkpoint_finalized(p)]
+    return unfinished
 
 
 def _reason(error: Exception) -> str:
@@ -252,11 +261,7 @@ def restore_params(directory: Place, abstract_params: Any, step: int | None = No
     Raises:
         UserError: there is no such checkpoint, or none can be read.
     """
-    found = (
-        sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
-        if directory.is_dir()
-        else []
-    )
+    found = saved_steps(directory)[::-1]
     wanted = found if step is None else [s for s in found if s == step]
     if not wanted:
         raise UserError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; train the run first")

@@ -38,8 +38,13 @@ class Record(Protocol):
 class Saver:
     """Saves a step once, with what a bit-equal restart needs beside the state."""
 
-    def __init__(self, checkpoints: Checkpoints, recorder: Record, config: Config, watchdog: Watchdog):
+    def __init__(
+        self, checkpoints: Checkpoints, recorder: Record, config: Config, watchdog: Watchdog,
+        upload: Callable[[], None],
+    ):  # fmt: skip
+        """`upload` brings the metrics to where the checkpoints are; see `Workdir.upload`."""
         self._checkpoints, self._recorder, self._config, self._watchdog = checkpoints, recorder, config, watchdog
+        self._upload = upload
 
     def _meta(self, step: int) -> dict[str, Any]:
         # All draws come from (seed, step) and (seed, epoch, example), so these two are the whole random state.
@@ -48,6 +53,7 @@ class Saver:
     def __call__(self, step: int, state: TrainState) -> None:
         if step and step not in self._checkpoints.steps():
             self._watchdog.now(f"saving step {step}")
+            self._upload()
             with jax.transfer_guard("allow"):  # Orbax copies the shards to the host by itself
                 self._checkpoints.save(step, saved_part(state), self._meta(step))
 
@@ -59,6 +65,7 @@ class Saver:
         """
         if step:
             self._watchdog.now(f"saving step {step}")
+            self._upload()
             self._checkpoints.finish(step, saved_part(state), self._meta(step))
 
     def close(self, step: int, state: TrainState) -> None:
@@ -73,10 +80,11 @@ class Scorer:
 
     def __init__(
         self, config: Config, evaluate: Evaluate | None, num_steps: int, recorder: Record, checkpoints: Checkpoints,
-        stop: Stop, watchdog: Watchdog,
+        stop: Stop, watchdog: Watchdog, upload: Callable[[], None],
     ):  # fmt: skip
         self._every, self._evaluate, self._num_steps = config.eval.every_steps, evaluate, num_steps
         self._recorder, self._checkpoints, self._stop, self._watchdog = recorder, checkpoints, stop, watchdog
+        self._upload = upload
 
     def due(self, step: int) -> bool:
         """Whether the step is to be evaluated and is not yet."""
@@ -95,6 +103,7 @@ class Scorer:
         except Stopped:
             return
         self._recorder.write_scores(step, scores)
+        self._upload()
         self._checkpoints.rate(step, self._evaluate.quality(scores))
 
 
