@@ -40,8 +40,8 @@ class Checkpoints:
         self._invalid = self.directory.parent / "invalid_checkpoints"
         self._config = config
         self._quality = _Quality(self.directory / "quality.json", config.keep_best)
-        self._writing: int | None = None
-        """The step that is being written."""
+        self.writing: int | None = None
+        """The step that is being written: the newest that a kill leaves is the one before it."""
         self._error: Exception | None = None
         """Why the last save failed, if it did."""
         self._manager: ocp.CheckpointManager | None = self._open()
@@ -76,10 +76,10 @@ class Checkpoints:
 
         If that fails, now or later, the earlier checkpoints stay, and a warning says what failed.
         """
-        self._settle()
+        self.settle()
         values = sealed(meta | {"arrays": describe(state)})
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(values))
-        self._writing = step
+        self.writing = step
         self._try(lambda manager: manager.save(step, args=arguments))
 
     def finish(self, step: int, state: Any, meta: dict[str, Any]) -> None:
@@ -88,12 +88,12 @@ class Checkpoints:
         Raises:
             UserError: it could not be written.
         """
-        self._settle()
+        self.settle()
         for pause in pauses(self._config.retry_seconds):
             if step in self.steps():
                 return
             self.save(step, state, meta)
-            self._settle()
+            self.settle()
             if self._error and pause:
                 LOG.warning("step %d: saving is tried again in %.0f s", step, pause)
                 time.sleep(pause)
@@ -103,20 +103,20 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written and releases the manager."""
-        self._settle()
+        self.settle()
         if self._manager:
             self._manager.close()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Waits until everything is on disk, or is known to have failed."""
-        step = self._writing
+        step = self.writing
         if step is not None:
             self._try(lambda manager: self._written(manager, step))
-            self._writing = None
+            self.writing = None
 
     def _written(self, manager: ocp.CheckpointManager, step: int) -> None:
         manager.wait_until_finished()
-        if jax.process_index() == 0 and step not in saved_steps(self.directory):
+        if jax.process_index() == 0 and not ocp.utils.is_checkpoint_finalized(self.directory / str(step)):
             raise OSError(f"{self.directory / str(step)} is not there")
 
     def _try(self, write: Callable[[ocp.CheckpointManager], None]) -> None:
@@ -131,7 +131,7 @@ class Checkpoints:
             self._error = None
             return
         self._error = error or OSError("another process could not write its part")
-        step, self._writing = self._writing, None
+        step, self.writing = self.writing, None
         with contextlib.suppress(Exception):
             if self._manager:
                 self._manager.close()
@@ -149,7 +149,7 @@ class Checkpoints:
         One that cannot (torn, emptied, truncated, or with a wrong checksum) is moved to `invalid_checkpoints/` beside
         the directory, with a warning. None when there is no valid one.
         """
-        self._settle()
+        self.settle()
         for step in reversed(self.steps()):
             restored, error = _read(self.directory / str(step), abstract_state, self._config.verify)
             if not any_process(error is not None):

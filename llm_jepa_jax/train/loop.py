@@ -180,7 +180,7 @@ def train(
             ):
                 recorder.restart_clock()
                 while step < data.num_steps and not stop.reached():
-                    watchdog.now(f"step {step + 1}")
+                    save.before(step + 1)
                     profile(step + 1)
                     kind, batch = recorder.timed(lambda: next(rows))
                     stragglers.here(step + 1)

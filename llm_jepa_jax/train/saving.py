@@ -32,6 +32,7 @@ class Record(Protocol):
     """Of the last step, if it is evaluated."""
 
     def write_scores(self, step: int, scores: dict[str, float]) -> None: ...
+    def restart_clock(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -56,6 +57,18 @@ class Saver:
             self._upload()
             with jax.transfer_guard("allow"):  # Orbax copies the shards to the host by itself
                 self._checkpoints.save(step, saved_part(state), self._meta(step))
+
+    def before(self, step: int) -> None:
+        """Before a step begins: waits for a checkpoint that is still being written, unless the step is near to it.
+
+        So no more is ever at stake than `checkpoint.every_steps` + `checkpoint.ahead_steps`.
+        """
+        writing = self._checkpoints.writing
+        if writing is not None and step - writing > self._config.checkpoint.ahead_steps:
+            self._watchdog.now(f"saving step {writing}")
+            self._checkpoints.settle()
+            self._recorder.restart_clock()
+        self._watchdog.now(f"step {step}")
 
     def last(self, step: int, state: TrainState) -> None:
         """The same, and waits until everything is on disk; does nothing where it is.
