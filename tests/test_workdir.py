@@ -2,12 +2,19 @@
 """A run's files beside its checkpoints: on this machine, or a copy of what a store holds (one in memory here)."""
 
 import logging
+import os
 
 import fsspec
+import jax
+import jax.numpy as jnp
 import pytest
 
+from llm_jepa_jax.checkpoint import manager
+from llm_jepa_jax.checkpoint.manager import Checkpoints, restore_params, saved_steps
+from llm_jepa_jax.checkpoint.places import place
 from llm_jepa_jax.checkpoint.workdir import Workdir, opened
-from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.config import CheckpointConfig
+from llm_jepa_jax.errors import TryAgainError, UserError
 from tests.test_places import Store
 
 URL = "gs://bucket/runs/one"
@@ -22,7 +29,7 @@ def store():
     if found.exists(URL):
         found.rm(URL, recursive=True)
     yield found
-    Store.broken = 0
+    Store.broken, Store.silent = 0, False
 
 
 def held(store):
@@ -107,10 +114,34 @@ def test_a_store_that_takes_nothing_is_refused_before_any_work(store):
 
 
 def test_what_killed_processes_left_half_written_is_removed(tmp_path):
-    parts = ("run.json.0f.part", "eval/a-1.jsonl.0f.part", "tokenizer/tokenizer.json.0f.part")
-    others = ("checkpoints/3.orbax-checkpoint-tmp/x.part", "report.html", "my.parts")
+    """Not what somebody may be writing now, nor what is no small file of the run."""
+    parts = ("run.json.0f.part", "eval/a-1.jsonl.0f.part", "tokenizer/tokenizer.json.0f.part", "checkpoints/q.0f.part")
+    others = ("checkpoints/3/x.part", "report.html", "my.parts")
     for name in (*parts, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "eval" / "new.part").write_text("half")
     Workdir(tmp_path).clean()
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(others)
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {*others, "eval/new.part"}
+
+
+def test_a_checkpoint_in_a_store_that_does_not_answer_is_not_damaged(store, tmp_path, monkeypatch):
+    """Nor is one that nobody finished a checkpoint; one that can be read and is wrong is damaged."""
+    monkeypatch.setattr(manager, "READ_PAUSES", (0.0,))
+    here, array = tmp_path / "checkpoints", jnp.arange(8.0)
+    checkpoints = Checkpoints(here, CheckpointConfig())
+    checkpoints.save(3, {"params": {"w": array}}, {})
+    checkpoints.close()
+    store.put(str(here), f"{URL}/checkpoints", recursive=True)
+    store.pipe(f"{URL}/checkpoints/5/state/d/0", b"torn")
+    there = place(URL) / "checkpoints"
+    wanted = {"w": jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)}
+    assert saved_steps(here) == saved_steps(there) == [3]
+    Store.silent = True
+    with pytest.raises(TryAgainError, match=f"^{URL}/checkpoints/3: cannot be read now: the network is gone; start ag"):
+        restore_params(there, wanted)
+    Store.silent = False
+    store.pipe(f"{URL}/checkpoints/3/meta/metadata", b"[]")
+    with pytest.raises(UserError, match=r"none of the checkpoints \[3\] can be read"):
+        restore_params(there, wanted)

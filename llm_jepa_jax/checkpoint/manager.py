@@ -17,9 +17,9 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from llm_jepa_jax.checkpoint.checksums import as_saved, as_wanted, check, describe, opened, sealed
-from llm_jepa_jax.checkpoint.places import Place, absolute, is_url, move, pauses
+from llm_jepa_jax.checkpoint.places import Place, absolute, is_url, move, pauses, reason
 from llm_jepa_jax.config import CheckpointConfig
-from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.errors import TryAgainError, UserError
 from llm_jepa_jax.parallel.processes import any_process, wait_for_all
 from llm_jepa_jax.text.checkpoint_files import write_whole
 
@@ -148,6 +148,9 @@ class Checkpoints:
 
         One that cannot (torn, emptied, truncated, or with a wrong checksum) is moved to `invalid_checkpoints/` beside
         the directory, with a warning. None when there is no valid one.
+
+        Raises:
+            TryAgainError: the store does not answer.
         """
         self.settle()
         for step in reversed(self.steps()):
@@ -230,12 +233,28 @@ def _read(directory: Place, abstract: Any, verify: bool, whole: bool = True) -> 
             return _read_once(directory, abstract, verify, whole), None
         except OSError as error:
             if pause is None or isinstance(error, FileNotFoundError | NotADirectoryError):
-                return None, error
+                return None, _of_checkpoint(directory, error)
             LOG.warning("%s: cannot be read (%s); tried again in %.0f s", directory, _words(error), pause)
             time.sleep(pause)
         except Exception as error:  # any failure to read means: not valid
-            return None, error
+            return None, _of_checkpoint(directory, error)
     raise AssertionError("the last pause is None")
+
+
+def _of_checkpoint(directory: Place, error: Exception) -> Exception:
+    """The error, where the checkpoint is to blame for it, and not a store that does not answer.
+
+    Raises:
+        TryAgainError: the store cannot be read now; no checkpoint is damaged for that.
+    """
+    if is_url(directory):
+        try:
+            (directory / "commit_success.txt").read_bytes()
+        except FileNotFoundError:
+            pass
+        except Exception as silent:  # each store's library has types of its own
+            raise TryAgainError(f"{directory}: cannot be read now: {reason(silent)}; start again") from error
+    return error
 
 
 def _read_once(directory: Place, abstract: Any, verify: bool, whole: bool) -> tuple[Any, dict[str, Any]]:

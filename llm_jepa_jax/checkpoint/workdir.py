@@ -25,6 +25,10 @@ from llm_jepa_jax.text.checkpoint_files import PART
 LOG = logging.getLogger("llm_jepa_jax")
 STAYING = ("checkpoints", "invalid_checkpoints", "profile", "tensorboard", "plots")
 """What nobody reads from the copy: checkpoints are in the store alone, the others are made anew."""
+WRITTEN = (".", "checkpoints", "eval", "tokenizer")
+"""Where small files are written."""
+STALE_SECONDS = 600.0
+"""No small file takes so long to be written."""
 OF_EACH_PROCESS = "profile"
 """Everything else is of process 0."""
 
@@ -76,10 +80,15 @@ class Workdir:
             raise UserError(f"--workdir={self}: cannot write there: no permission; name another directory")
 
     def clean(self) -> None:
-        """Removes what killed processes have left half written, before this one writes; for process 0."""
-        for part in self.files.rglob(f"*{PART}"):
-            if not set(part.relative_to(self.files).parts) & set(STAYING):
-                part.unlink(missing_ok=True)
+        """Removes what killed processes have left half written; for process 0.
+
+        Not what is new: another program may be evaluating the run.
+        """
+        for name in WRITTEN:
+            for part in (self.files / name).glob(f"*{PART}"):
+                with contextlib.suppress(OSError):
+                    if time.time() - part.stat().st_mtime > STALE_SECONDS:
+                        part.unlink()
 
     def upload(self) -> None:
         """Brings what has changed to the store; a warning says what cannot be brought, and the next call tries again.

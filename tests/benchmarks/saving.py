@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a save costs: `python tests/benchmarks/saving.py --directory=DIR`, a directory here or `gs://BUCKET/DIR`.
 
-Saves states of random float32 arrays of several sizes as training does. One JSON line a size: the time for which training
+Saves states of random float32 arrays of several sizes as training does. One JSON line a size: the time for which it
 stands still in any case (checksums and the copy), that of writing and committing, for which it stands still with
 `checkpoint.ahead_steps=0`, and of reading it back and comparing the checksums; medians of `--turns`.
 """
