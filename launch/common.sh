@@ -51,7 +51,7 @@ need_lasting_workdir() {
     local workdir
     workdir=$(workdir_of "$@")
     case $workdir in
-    /*) ;;
-    *) fail "--workdir=$workdir: a run goes on from its directory after a preemption, so it must outlive the machines and be one for all of them; after \`--\`, pass an absolute path on a mounted file system (a bucket is mounted by gcsfuse)" ;;
+    /* | gs://?*) ;;
+    *) fail "--workdir=$workdir: a run goes on from its directory after a preemption, so it must outlive the machines and be one for all of them; after \`--\`, pass gs://BUCKET/DIR or an absolute path on a mounted file system" ;;
     esac
 }

@@ -267,6 +267,12 @@ class TrainConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = key(200, "save period; the last step is always saved; 0: only the last", "steps")
+    ahead_steps: int = key(
+        0,
+        "how far training goes on while a checkpoint is being written; a kill loses at most `every_steps` + "
+        "`ahead_steps` steps. 0: training waits until it is on disk",
+        "steps",
+    )
     keep_last: int = key(2, "newest checkpoints kept")
     keep_best: int = key(1, "checkpoints kept by best score of the first of `eval.tasks`, beside the newest")
     verify: bool = key(True, "compare what a run goes on from with the checksums of what was saved")

@@ -120,7 +120,7 @@ def _with_config_file(argv: list[str]) -> list[str]:
         return [argv[0], f"--config={REPOSITORY / 'configs' / 'tiny.py'}", *argv[1:]]
     if given is None:
         workdir = next((a.partition("=")[2] for a in argv if a.lstrip("-").startswith("workdir=")), "")
-        saved = pathlib.Path(workdir) / "config.json"
+        saved = _directory_here(workdir) / "config.json"
         training = not any(a.lstrip("-").startswith("mode=") and not a.endswith("=train") for a in argv)
         if workdir and not training and not saved.is_file():
             raise UserError(f"--workdir={workdir}: holds no run (no config.json); train one there or name another")
@@ -136,6 +136,15 @@ def _with_config_file(argv: list[str]) -> list[str]:
     for argument in argv:
         replaced.append(f"--config={loader}:{given}" if argument.lstrip("-") == f"config={given}" else argument)
     return [str(loader) + ":" + given if argument == given else argument for argument in replaced]
+
+
+def _directory_here(workdir: str) -> pathlib.Path:
+    """The run's directory, or a copy of its small files."""
+    if "://" not in workdir:
+        return pathlib.Path(workdir).expanduser()
+    from llm_jepa_jax.checkpoint.places import on_this_machine, run_place  # a second of imports
+
+    return on_this_machine(run_place(workdir))
 
 
 def parse(argv: list[str]) -> flags.FlagValues:
@@ -160,8 +169,6 @@ def parse(argv: list[str]) -> flags.FlagValues:
             raise UserError(f"command line: --{name} belongs to --mode={' or '.join(modes)}, not to {values.mode}")
     if values.mode == "verify" and not values.workdir:
         raise UserError("--mode=verify: pass --workdir=DIR and --against=DIR (a run's or a published model's)")
-    if "://" in (values.workdir or "") and values.mode != "verify":
-        raise UserError(f"--workdir={values.workdir}: a run's directory is local; name one here, or a mounted bucket")
     if values.workdir is None:
         values.workdir = str(pathlib.Path("runs") / _run_name(given))
     return values
@@ -181,9 +188,7 @@ def run(argv: list[str]) -> dict[str, object]:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes read an absl flag
     if values.mode == "plan":
-        from llm_jepa_jax.plan.mode import plan_from_flags  # before JAX starts: it chooses the devices to describe
-
-        return plan_from_flags(values, pathlib.Path(values.workdir))
+        return _plan(values)
     if values.mode == "prepare":
         from llm_jepa_jax.prepare.mode import prepare_from_flags  # as little as it needs, in each of its processes
 
@@ -194,14 +199,27 @@ def run(argv: list[str]) -> dict[str, object]:
         return _run_mode(values)
 
 
+def _plan(values: flags.FlagValues) -> dict[str, object]:
+    from llm_jepa_jax.checkpoint.workdir import opened  # without need of it, as `main --help` has none
+    from llm_jepa_jax.plan.mode import plan_from_flags  # before JAX starts: it chooses the devices to describe
+
+    with opened(values.workdir) as workdir:
+        result = plan_from_flags(values, workdir.files)
+        workdir.finish(values.config.checkpoint.retry_seconds)
+    return result | {"picture": str(workdir.place / "plan.png")}
+
+
 def _run_mode(values: flags.FlagValues) -> dict[str, object]:
     from llm_jepa_jax import modes, publish, verify  # as above
+    from llm_jepa_jax.checkpoint.places import run_place
+    from llm_jepa_jax.checkpoint.workdir import opened
 
     if values.mode == "verify":
         return verify.verify(values.workdir, values.against, values.out, values.max_positions)
-    workdir = pathlib.Path(values.workdir)
     if values.mode == "train":
-        return modes.train(values.config, workdir)
+        with opened(values.workdir) as opened_workdir:
+            return modes.train(values.config, opened_workdir)
+    workdir = run_place(values.workdir)
     if values.mode == "eval":
         return modes.evaluate(values.config, workdir, values.out)
     if values.mode == "generate":

@@ -20,7 +20,8 @@ from llm_jepa_jax.checkpoint.frozen import with_step
 from llm_jepa_jax.checkpoint.hub import is_hub_id
 from llm_jepa_jax.checkpoint.initial import Initial, initial_tokenizer, open_initial, with_initial
 from llm_jepa_jax.checkpoint.peft import with_adapter
-from llm_jepa_jax.checkpoint.places import is_url
+from llm_jepa_jax.checkpoint.places import Place, is_url, on_this_machine
+from llm_jepa_jax.checkpoint.workdir import Workdir
 from llm_jepa_jax.config import Config, InitConfig, freeze
 from llm_jepa_jax.data.inspect import show_rows
 from llm_jepa_jax.data.pipeline import TrainData, make_train_data
@@ -61,7 +62,7 @@ class Job:
         """Raises UserError where a task cannot be asked."""
         return Evaluator(self.config, self.mesh, self.tokenizer, self.splits.eval)
 
-    def evaluate(self, directory: pathlib.Path, phases: Phases, last_step: int) -> Evaluate | None:
+    def evaluate(self, directory: Place, phases: Phases, last_step: int) -> Evaluate | None:
         """What scores parameters, its verdicts going to `directory`; None where there is nothing to ask."""
         return _Evaluate(self.evaluator, directory, phases, last_step) if self.evaluator.tasks else None
 
@@ -114,15 +115,15 @@ def _tokenizer(config: Config, workdir: pathlib.Path, source: Source, start: Ini
     return cached_tokenizer(texts, source.content_hash, config.text.vocab_size, cache_dir)
 
 
-def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def train(values: ml_collections.ConfigDict, workdir: Workdir) -> dict[str, Any]:
     """Trains, evaluates, and writes the report."""
-    job = _prepare(values, workdir)
+    job = _prepare(values, workdir.files)
     config = job.config
     platform = job.mesh.devices.flat[0].platform
     attention = attention_backend(config, platform, config.data.row_length)  # before any work, should it refuse
     tasks = [task.name for task in job.evaluator.tasks]  # the same
     check_directory(workdir, config, job.splits)
-    phases = Phases(workdir if jax.process_index() == 0 else None)
+    phases = Phases(workdir.files if jax.process_index() == 0 else None)
     LOG.info(
         "run %s on %d × %s, mesh %s, attention %s",
         workdir, job.mesh.size, job.mesh.devices.flat[0].device_kind, dict(job.mesh.shape), attention,
@@ -132,10 +133,11 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     wait_for_all("claim")  # others may still be looking at what the directory holds
     claim(workdir, config, job.tokenizer, job.splits)
     if jax.process_index() == 0:
-        (workdir / RESULT).unlink(missing_ok=True)  # there, it says that all is done
+        for directory in (workdir.place, workdir.files):
+            (directory / RESULT).unlink(missing_ok=True)  # there, it says that all is done
     _log_data(data)
     factory = state_factory(config, job.mesh, data.num_steps)
-    result = run_training(factory, data, workdir, phases, job.evaluate(workdir / "eval", phases, data.num_steps))
+    result = run_training(factory, data, workdir, phases, job.evaluate(workdir.files / "eval", phases, data.num_steps))
     if not result.stopped_early and config.log.report:
         with phases.phase("report"):
             pairs = _embed_pairs(job, result.state.whole)
@@ -146,17 +148,18 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
 
                 if len(pairs[0]):
                     np.savez(
-                        workdir / "analysis.npz",
+                        workdir.files / "analysis.npz",
                         text_PxD=pairs[0], code_PxD=pairs[1], text_init_PxD=initial[0], code_init_PxD=initial[1],
                     )  # fmt: skip
-                write_report(workdir)
-        LOG.info("report: %s", workdir / "report.html")
+                write_report(workdir.files)
+        LOG.info("report: %s", workdir.place / "report.html")
     names = ("ntp_loss", "jepa_loss", "cos_pair", "cos_shuffled", *tasks, "tokens_per_s", "examples_per_s")
     metrics = {name: result.metrics[name] for name in names if name in result.metrics}
-    report = {"report": str(workdir / "report.html")} if (workdir / "report.html").exists() else {}
+    report = {"report": str(workdir.place / "report.html")} if (workdir.files / "report.html").exists() else {}
     found = {"step": result.step} | metrics | {"workdir": str(workdir)} | report
     if not result.stopped_early:
-        _write_result(workdir, found)
+        _write_result(workdir.files, found)
+    workdir.finish(config.checkpoint.retry_seconds)
     return found
 
 
@@ -187,7 +190,7 @@ class _Evaluate:
     """Scores parameters at a step; the last step's evaluation is the full one."""
 
     evaluator: Evaluator
-    directory: pathlib.Path
+    directory: Place
     phases: Phases
     last_step: int
 
@@ -227,7 +230,7 @@ def _evenly(total: int, most: int) -> list[int]:
     return np.linspace(0, total - 1, min(most, total)).round().astype(int).tolist()
 
 
-def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str = "") -> dict[str, Any]:
+def evaluate(values: ml_collections.ConfigDict, workdir: Place, out: str = "") -> dict[str, Any]:
     """Scores the newest checkpoint of a run on its evaluation split.
 
     Verdicts go to the run's `eval/`; with `out` to that directory, and the result into its `result.json`.
@@ -244,7 +247,7 @@ def evaluate(values: ml_collections.ConfigDict, workdir: pathlib.Path, out: str 
     return result
 
 
-def generate(values: ml_collections.ConfigDict, workdir: pathlib.Path, prompts: Sequence[str]) -> dict[str, Any]:
+def generate(values: ml_collections.ConfigDict, workdir: Place, prompts: Sequence[str]) -> dict[str, Any]:
     """Answers prompts with the newest checkpoint of a run; each answer is also printed as it is."""
     run = open_run(workdir, freeze(values))
     if not prompts:
@@ -262,9 +265,9 @@ def generate(values: ml_collections.ConfigDict, workdir: pathlib.Path, prompts: 
     return {"step": run.step, "answers": answers, "workdir": str(workdir)}
 
 
-def inspect(values: ml_collections.ConfigDict, workdir: pathlib.Path, rows: int) -> dict[str, Any]:
+def inspect(values: ml_collections.ConfigDict, workdir: Place, rows: int) -> dict[str, Any]:
     """Shows a few packed rows in colour."""
-    job = _prepare(values, workdir)
+    job = _prepare(values, on_this_machine(workdir))
     data = make_train_data(job.config, job.tokenizer, job.splits.train, job.splits.weights)
     show_rows(data, job.tokenizer, rows, Console())
     return data.summary()

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--mode=export`: a run as a published model."""
 
-import pathlib
 from typing import Any
 
 import ml_collections
 
 from llm_jepa_jax.checkpoint.export_settings import ExportSettings
-from llm_jepa_jax.checkpoint.places import new_place
+from llm_jepa_jax.checkpoint.places import Place, new_place
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.run_directory import export_adapter, export_run, open_run
@@ -15,7 +14,7 @@ from llm_jepa_jax.run_directory import export_adapter, export_run, open_run
 
 def export(
     values: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
+    workdir: Place,
     out: str,
     settings: ExportSettings,
     predictor_rows: str,

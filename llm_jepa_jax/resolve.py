@@ -89,6 +89,7 @@ NOT_NEGATIVE = [
     "train.num_epochs",
     "train.profile_start",
     "checkpoint.every_steps",
+    "checkpoint.ahead_steps",
     "checkpoint.keep_best",
     "eval.every_steps",
     "eval.final_examples",
@@ -322,6 +323,9 @@ def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:
     train, rows = config.train, config.data.rows_per_step
     if not train.num_steps and not train.num_epochs:
         fail("train.num_steps", 0, "and `train.num_epochs`=0 leave nothing to do; set one of them")
+    every, ahead = config.checkpoint.every_steps, config.checkpoint.ahead_steps
+    if every and ahead >= every:
+        fail("checkpoint.ahead_steps", ahead, f"is not below `checkpoint.every_steps`={every}; use less")
     shards = mesh_shape[0] * mesh_shape[1]
     unit = shards * train.micro_batches
     if rows % unit:

@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import math
-import os
 import pathlib
 from typing import Any
 
@@ -24,7 +23,8 @@ from llm_jepa_jax.checkpoint.hub import cached_directory
 from llm_jepa_jax.checkpoint.initial import open_initial
 from llm_jepa_jax.checkpoint.manager import restore_params
 from llm_jepa_jax.checkpoint.peft import open_adapter, read_adapter, with_adapter, write_adapter
-from llm_jepa_jax.checkpoint.places import Place, absolute, is_url, on_this_machine, place
+from llm_jepa_jax.checkpoint.places import Place, absolute, is_url, on_this_machine, place, run_place
+from llm_jepa_jax.checkpoint.workdir import Workdir
 from llm_jepa_jax.config import Config, DataConfig, InitConfig, MeshConfig, TrainConfig, freeze, to_dict
 from llm_jepa_jax.data.sources import Splits
 from llm_jepa_jax.errors import UserError
@@ -71,7 +71,7 @@ class Run:
     system: str
     """The system turn that the run's evaluation records begin with, or an empty string."""
 
-    workdir: pathlib.Path | None = None
+    workdir: Place | None = None
     """The run's directory; None: a published model, as it came."""
 
     @property
@@ -82,28 +82,25 @@ class Run:
         return directory if directory and is_published(directory) else None
 
 
-def check_directory(workdir: pathlib.Path, config: Config, splits: Splits) -> None:
+def check_directory(workdir: Workdir, config: Config, splits: Splits) -> None:
     """Makes the run directory if it is not there; a run in it must be this one.
 
     Raises:
         UserError: it cannot be written, or it holds a run of another configuration or other data.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot write there: {error.strerror}; name another directory") from error
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={workdir}: cannot write there: no permission; name another directory")
-    if (workdir / "config.json").exists():
-        _check_same_run(workdir, config, _facts(config, splits))
+    workdir.check_writable()
+    if (workdir.files / "config.json").exists():
+        _check_same_run(workdir.files, config, _facts(config, splits))
 
 
-def claim(workdir: pathlib.Path, config: Config, tokenizer: Tokenizer, splits: Splits) -> None:
+def claim(workdir: Workdir, config: Config, tokenizer: Tokenizer, splits: Splits) -> None:
     """Writes what makes a checked directory this run's: once its data are known to be good."""
     if jax.process_index() == 0:
-        tokenizer.save(workdir)
+        workdir.clean()
+        tokenizer.save(workdir.files)
         for name, values in (("run.json", _facts(config, splits)), ("config.json", to_dict(config))):
-            write_whole(workdir / name, (json.dumps(values, indent=2) + "\n").encode())
+            write_whole(workdir.files / name, (json.dumps(values, indent=2) + "\n").encode())
+        workdir.upload()
 
 
 def _facts(config: Config, splits: Splits) -> dict[str, str | int]:
@@ -159,6 +156,7 @@ def open_run(workdir: Place, config: Config | None = None) -> Run:
     Raises:
         UserError: the directory is not that of a run, or no checkpoint can be read.
     """
+    workdir = run_place(workdir)
     for name in FILES:
         if not (workdir / name).exists():
             raise UserError(f"{workdir}: has no {name}; a run directory holds {', '.join(FILES)}")

@@ -193,7 +193,7 @@ directory = pathlib.Path(sys.argv[1])
 noise = {"w": jnp.sin(jnp.arange(1_000_000.0) ** 2)}
 checkpoints = Checkpoints(directory, CheckpointConfig(keep_last=1, keep_best=0, retry_seconds=0.0))
 checkpoints.save(1, noise, {})
-checkpoints._settle()
+checkpoints.settle()
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 checkpoints.save(2, noise, {})
 checkpoints.save(3, noise, {})

@@ -2,6 +2,7 @@
 """launch/gke: manifests that Kubernetes' schemas accept, shaped as slices are, with arguments that arrive unchanged."""
 
 import importlib.util
+import json
 import re
 import sys
 
@@ -192,6 +193,11 @@ def test_every_argument_arrives_as_it_was_typed():
     values = {entry["name"]: entry.get("value", "") for entry in container["env"]}
     assert expanded(values["A"], variables) == "$(MEGASCALE_SLICE_ID) 'x'\n\"y\""
     assert "command" not in container  # the image's entry point passes a SIGTERM on
+
+
+def test_a_run_in_a_bucket_needs_no_claim():
+    run = ("--config=configs/tiny.py", "--workdir=gs://bucket/runs/x")
+    assert "persistentVolumeClaim" not in json.dumps(manifest("v5e:4x4", run=run))
 
 
 def test_spot_nodes_queues_and_claims():

@@ -126,7 +126,7 @@ def test_a_preempted_run_gets_new_machines_and_goes_on_with_the_same_arguments(s
     assert stage.runs() == [[*RUN, *HOSTILE]] * 2
 
 
-@pytest.mark.parametrize("code,failures", [("143", 0), ("1", 1)])
+@pytest.mark.parametrize("code,failures", [("143", 0), ("1", 1), ("75", 1)])
 def test_a_run_that_ended_early_starts_again_on_the_machines_it_has(stage, code, failures):
     stage.write("exits", f"{code}\n")
     stage.run(*TRAIN, f"--max-restarts={failures}", "--", *RUN)

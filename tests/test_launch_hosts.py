@@ -112,6 +112,23 @@ def test_a_slurm_job_that_is_cancelled_or_fails_is_not_queued_again(slurm):
     assert slurm.calls("scontrol") == []
 
 
+@pytest.mark.parametrize("code", ["75", "137"], ids=["peers are gone", "killed"])
+def test_a_slurm_job_that_may_do_better_is_queued_again_up_to_a_limit(slurm, code):
+    """Each start of a queued job is this script anew; other jobs have counts of their own."""
+    slurm.write("exits", f"{code}\n" * 4)
+    for number in (1, 2):
+        said = slurm.run(*slurm.job, *RUN, code=int(code), MAX_RESTARTS="2").stderr
+        assert f"ended with code {code}; it is queued again, for the {number}. of at most 2 times" in said
+    assert slurm.calls("scontrol") == [["requeue", "7"]] * 2
+    said = slurm.run(*slurm.job, *RUN, code=int(code), MAX_RESTARTS="2").stderr
+    assert f"ended with code {code}, 3 failures by now; it is not queued again" in said
+    assert slurm.calls("scontrol") == [["requeue", "7"]] * 2
+    slurm.run(*slurm.job, *RUN, code=int(code), SLURM_JOB_ID="8", MAX_RESTARTS="2")
+    assert slurm.calls("scontrol")[2:] == [["requeue", "8"]]
+    said = slurm.run(*slurm.job, *RUN, code=2, MAX_RESTARTS="few").stderr
+    assert said.endswith("MAX_RESTARTS=few: a whole number, of failures after which the job ends\n")
+
+
 def test_a_slurm_job_of_a_wrong_shape_is_refused(slurm, tmp_path):
     assert "8 tasks for 4 GPUs" in slurm.run(*slurm.job, code=2, SLURM_GPUS_ON_NODE="4").stderr
     assert "not the repository's root" in slurm.run(*slurm.job, code=2, SLURM_SUBMIT_DIR=str(tmp_path)).stderr

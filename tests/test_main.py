@@ -265,6 +265,10 @@ SMOKE = "--config=configs/tiny.py:smoke"
         ([SMOKE, "--config.eval.tasks=gsm8k"], "can ask none of 16 records (the target has no number behind ####"),
         ([SMOKE, "--config.eval.tasks=spider"], "`eval.databases` is empty"),
         ([SMOKE, "--config.eval.sql_seconds=0"], "eval.sql_seconds"),
+        (
+            [SMOKE, "--config.checkpoint.ahead_steps=9", "--config.checkpoint.every_steps=9"],
+            "`checkpoint.ahead_steps`=9 is not below `checkpoint.every_steps`=9",
+        ),
         ([SMOKE, "--mode=fly"], "--mode"),
         ([SMOKE, "--colour=red"], "colour"),
         ([SMOKE, "stray"], "unexpected 'stray'"),

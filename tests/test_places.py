@@ -31,6 +31,10 @@ class Store(MemoryFileSystem):
     store: dict = {}
     pseudo_dirs = [""]
     ranges: list = []
+    broken = 0
+    """How many writes are refused next."""
+    silent = False
+    """Nothing can be read."""
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -43,6 +47,11 @@ class Store(MemoryFileSystem):
 
     def _open(self, path, mode="rb", **options):
         assert "r" not in mode or not path.endswith(".safetensors"), "weights are never read whole"
+        if "w" in mode and Store.broken:
+            Store.broken -= 1
+            raise ConnectionError("the network is gone")
+        if "r" in mode and Store.silent:
+            raise ConnectionError("the network is gone")
         return super()._open(path, mode, **options)
 
 
@@ -127,5 +136,7 @@ def test_what_a_store_does_not_have_is_one_clear_line(stored, monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match="s3://a/b: s3:// needs s3fs, which is not installed; `pip install s3fs`"):
         lj.load("s3://a/b")
-    with pytest.raises(UserError, match="--workdir=gs://a/run: a run's directory is local"):
-        run([*QUICK, "--workdir=gs://a/run"])
+    with pytest.raises(UserError, match="hf://a/run: a run's directory lies here or in gs://, not in hf://; name such"):
+        run([*QUICK, "--workdir=hf://a/run"])
+    with pytest.raises(UserError, match=r"--workdir=gs://bucket/none: holds no run \(no config.json\)"):
+        run(["main", "--workdir=gs://bucket/none", "--mode=eval"])

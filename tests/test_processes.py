@@ -67,11 +67,46 @@ def published(tmp_path_factory, tokenizer):
     return directory
 
 
-def test_two_processes_train_as_one_and_one_goes_on(published, tmp_path):
+TASKS = ("exact_match", "perplexity")
+
+
+def evaluation(workdir, step):
+    """What an evaluation wrote: a line for each record of each task, and the summaries."""
+    lines = [(workdir / "eval" / f"{task}-{step}.jsonl").read_text().splitlines() for task in TASKS]
+    summaries = [json.loads((workdir / "eval" / f"{task}-{step}.json").read_text()) for task in TASKS]
+    assert len(list((workdir / "eval").iterdir())) == 2 * len(TASKS), "nothing else"
+    return [[json.loads(line) for line in task] for task in lines] + summaries
+
+
+def same(ours, theirs):
+    """Equal, but for the rounding of numbers."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return ours == (pytest.approx(theirs, rel=1e-5) if isinstance(ours, float) else theirs)
+
+
+def check_two_evaluate_as_one(workdir, trained):
+    """Answers and scores of a run's last step: as written in training, by two processes again, and by one."""
+    in_training = evaluation(workdir, trained["step"])
+    argv = ("--mode=eval", f"--workdir={workdir}")
+    (out, err), (other_out, other_err) = together("-m", "llm_jepa_jax.main", *argv)
+    assert other_out == "" and other_err == "" and err.count("exact_match-2: ") == 1, "only process 0 writes text"
+    by_two, scores = evaluation(workdir, trained["step"]), json.loads(out.splitlines()[-1])
+    one = run(["main", *argv])
+    by_one = evaluation(workdir, trained["step"])
+    assert [len(task) for task in by_one[:2]] == [5, 5] and all("answer" in line for line in by_one[0])
+    assert same(by_two, in_training) and same(by_two, by_one) and same(scores, one)
+    assert all(trained[task] == pytest.approx(scores[task], rel=1e-5) for task in TASKS)
+
+
+def test_two_processes_train_and_evaluate_as_one_and_one_goes_on(published, tmp_path):
     """From published weights, over parameters that are cut across processes, to the losses of one process alone."""
     argv = [
         *QUICK[1:], f"--config.init.checkpoint={published}",
         "--config.log.every_steps=1", "--config.opt.schedule=constant", "--config.mesh.fsdp=4",
+        f"--config.eval.tasks={','.join(TASKS)}", "--config.eval.final_examples=5", "--config.eval.max_new_tokens=4",
         *(f"--config.model.{name}={getattr(MODEL, name)}" for name in SIZES),
     ]  # fmt: skip
     both, alone = tmp_path / "both", tmp_path / "alone"
@@ -80,6 +115,7 @@ def test_two_processes_train_as_one_and_one_goes_on(published, tmp_path):
     )
     assert json.loads(out.splitlines()[-1])["step"] == 2 and "2 processes on 1 hosts: " in err
     assert other_out == "" and other_err == "", "only process 0 writes text"
+    check_two_evaluate_as_one(both, json.loads(out.splitlines()[-1]))
     run(["main", *argv, "--config.train.num_steps=4", f"--workdir={both}"])
     run(["main", *argv, "--config.train.num_steps=4", f"--workdir={alone}"])
     lines = [

@@ -101,10 +101,12 @@ def check(options: argparse.Namespace, hosts: int, arguments: list[str]) -> None
         if not re.fullmatch(LABEL + r":/[^:]*", claim):
             fail(f"--claim={claim}: CLAIM:/PATH is wanted")
     workdir = workdir_of(arguments)
+    if re.match("gs://.", workdir):
+        return
     if not workdir.startswith("/"):
         fail(
             f"--workdir={workdir}: a run goes on from its directory after a restart, so it must outlive the pods and "
-            "be one for all of them; after `--`, pass --workdir with a path under a --claim"
+            "be one for all of them; after `--`, pass --workdir=gs://BUCKET/DIR or with a path under a --claim"
         )
     inside = [claim.partition(":")[2].rstrip("/") + "/" for claim in options.claim]
     if not any(workdir.startswith(path) for path in inside):

@@ -34,7 +34,7 @@ class CardFacts:
     config: Config
     """With the rows of the vocabulary that the export has."""
     step: int
-    workdir: pathlib.Path | None
+    workdir: Place | None
     """The run's directory; None: the weights are a published model's, as they came."""
     source: Place | None
     """The directory of the published model that training started from, if it is one and is at hand."""
@@ -129,7 +129,7 @@ def _objectives(config: Config) -> list[str]:
     return lines
 
 
-def _training(facts: CardFacts, workdir: pathlib.Path) -> str:
+def _training(facts: CardFacts, workdir: Place) -> str:
     config, record = facts.config, _json(workdir / "run.json")
     rows = [("steps", f"{facts.step:,}")]
     rows += [("epochs", f"{config.train.num_epochs}")] if config.train.num_epochs and not config.train.num_steps else []
@@ -164,9 +164,9 @@ def _overrides(config: Config) -> str:
     return "\n".join(f"--config.{key}={shlex.quote(str(value))}" for key, value in changed.items()) or "(nothing)"
 
 
-def _scores(facts: CardFacts, workdir: pathlib.Path) -> str:
+def _scores(facts: CardFacts, workdir: Place) -> str:
     """The newest evaluation of every task up to the exported step, and the last metrics of training."""
-    newest: dict[str, tuple[int, pathlib.Path]] = {}
+    newest: dict[str, tuple[int, Place]] = {}
     for path in (workdir / "eval").glob("*-*.json"):
         task, _, step = path.stem.rpartition("-")
         if step.isdigit() and newest.get(task, (-1,))[0] < int(step) <= facts.step:

@@ -15,7 +15,7 @@ from llm_jepa_jax.checkpoint.hf_directory import HfCheckpoint
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
 from llm_jepa_jax.checkpoint.hf_layout import at
 from llm_jepa_jax.checkpoint.initial import Initial, open_initial, with_rows
-from llm_jepa_jax.checkpoint.manager import restore_params
+from llm_jepa_jax.checkpoint.manager import restore_params, saved_steps
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.models.lora import abstract_frozen, frozen_dtype, frozen_from, stored, with_scales
 from llm_jepa_jax.models.transformer import abstract_params, init_params
@@ -100,7 +100,7 @@ def with_step(config: Config, start: Initial | None) -> Config:
     """The configuration with the step of the run to start from, where adapters will ask for it again."""
     if not config.lora.rank or start is None or isinstance(start.source, HfCheckpoint) or config.init.step:
         return config
-    steps = [int(path.name) for path in (start.directory / "checkpoints").iterdir() if path.name.isdigit()]
+    steps = saved_steps(start.directory / "checkpoints")
     return dataclasses.replace(config, init=dataclasses.replace(config.init, step=max(steps, default=0)))
 
 

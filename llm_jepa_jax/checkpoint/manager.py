@@ -7,21 +7,21 @@ A disk that fails or is full does not end a run: it goes on with the last good c
 import contextlib
 import json
 import logging
-import pathlib
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from llm_jepa_jax.checkpoint.checksums import as_saved, as_wanted, check, describe, opened, sealed
-from llm_jepa_jax.checkpoint.places import Place, absolute
+from llm_jepa_jax.checkpoint.places import Place, absolute, is_url, move, pauses, reason
 from llm_jepa_jax.config import CheckpointConfig
-from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.errors import TryAgainError, UserError
 from llm_jepa_jax.parallel.processes import any_process, wait_for_all
+from llm_jepa_jax.text.checkpoint_files import write_whole
 
 LOG = logging.getLogger("llm_jepa_jax")
 NO_SPACE_WORDS = ("No space left", "RESOURCE_EXHAUSTED", "File too large", "Disk quota exceeded")
@@ -35,21 +35,22 @@ class Checkpoints:
     The newest `keep_last` stay, and the `keep_best` best by quality (`DIRECTORY/quality.json`).
     """
 
-    def __init__(self, directory: pathlib.Path, config: CheckpointConfig):
-        self.directory = directory.absolute()
+    def __init__(self, directory: Place, config: CheckpointConfig):
+        self.directory = epath.Path(absolute(directory))
         self._invalid = self.directory.parent / "invalid_checkpoints"
         self._config = config
         self._quality = _Quality(self.directory / "quality.json", config.keep_best)
-        self._writing: int | None = None
-        """The step that is being written."""
+        self.writing: int | None = None
+        """The step that is being written: the newest that a kill leaves is the one before it."""
         self._error: Exception | None = None
         """Why the last save failed, if it did."""
         self._manager: ocp.CheckpointManager | None = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         if jax.process_index() == 0:
-            for torn in self.directory.glob("*.orbax-checkpoint-tmp*"):  # of a killed run or a full disk
-                shutil.rmtree(torn, ignore_errors=True)
+            for torn in _torn(self.directory):  # of a killed run or a full disk
+                with contextlib.suppress(Exception):
+                    torn.rmtree()
         wait_for_all("open checkpoints")
         policies: list[Any] = [checkpoint_managers.LatestN(self._config.keep_last), self._quality]
         options = ocp.CheckpointManagerOptions(
@@ -75,10 +76,10 @@ class Checkpoints:
 
         If that fails, now or later, the earlier checkpoints stay, and a warning says what failed.
         """
-        self._settle()
+        self.settle()
         values = sealed(meta | {"arrays": describe(state)})
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(values))
-        self._writing = step
+        self.writing = step
         self._try(lambda manager: manager.save(step, args=arguments))
 
     def finish(self, step: int, state: Any, meta: dict[str, Any]) -> None:
@@ -87,12 +88,12 @@ class Checkpoints:
         Raises:
             UserError: it could not be written.
         """
-        self._settle()
-        for pause in _pauses(self._config.retry_seconds):
+        self.settle()
+        for pause in pauses(self._config.retry_seconds):
             if step in self.steps():
                 return
             self.save(step, state, meta)
-            self._settle()
+            self.settle()
             if self._error and pause:
                 LOG.warning("step %d: saving is tried again in %.0f s", step, pause)
                 time.sleep(pause)
@@ -102,20 +103,20 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written and releases the manager."""
-        self._settle()
+        self.settle()
         if self._manager:
             self._manager.close()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Waits until everything is on disk, or is known to have failed."""
-        step = self._writing
+        step = self.writing
         if step is not None:
             self._try(lambda manager: self._written(manager, step))
-            self._writing = None
+            self.writing = None
 
     def _written(self, manager: ocp.CheckpointManager, step: int) -> None:
         manager.wait_until_finished()
-        if jax.process_index() == 0 and not (self.directory / str(step)).is_dir():
+        if jax.process_index() == 0 and not ocp.utils.is_checkpoint_finalized(self.directory / str(step)):
             raise OSError(f"{self.directory / str(step)} is not there")
 
     def _try(self, write: Callable[[ocp.CheckpointManager], None]) -> None:
@@ -130,7 +131,7 @@ class Checkpoints:
             self._error = None
             return
         self._error = error or OSError("another process could not write its part")
-        step, self._writing = self._writing, None
+        step, self.writing = self.writing, None
         with contextlib.suppress(Exception):
             if self._manager:
                 self._manager.close()
@@ -147,8 +148,11 @@ class Checkpoints:
 
         One that cannot (torn, emptied, truncated, or with a wrong checksum) is moved to `invalid_checkpoints/` beside
         the directory, with a warning. None when there is no valid one.
+
+        Raises:
+            TryAgainError: the store does not answer.
         """
-        self._settle()
+        self.settle()
         for step in reversed(self.steps()):
             restored, error = _read(self.directory / str(step), abstract_state, self._config.verify)
             if not any_process(error is not None):
@@ -159,9 +163,8 @@ class Checkpoints:
     def _set_aside(self, step: int, error: Exception) -> None:
         LOG.warning("CHECKPOINT %s IS DAMAGED AND SKIPPED (%s)", self.directory / str(step), _words(error))
         if jax.process_index() == 0:
-            self._invalid.mkdir(exist_ok=True)
-            number = sum(1 for path in self._invalid.iterdir() if path.name.startswith(f"{step}-"))
-            (self.directory / str(step)).rename(self._invalid / f"{step}-{number}")
+            number = len(list(self._invalid.glob(f"{step}-*")))
+            move(self.directory / str(step), self._invalid / f"{step}-{number}")
         wait_for_all("set aside")
         if self._manager:
             self._manager.close()
@@ -171,7 +174,7 @@ class Checkpoints:
 class _Quality:
     """Keeps the best checkpoints, as an Orbax preservation policy; a quality may be told after the save."""
 
-    def __init__(self, path: pathlib.Path, count: int):
+    def __init__(self, path: epath.Path, count: int):
         self._path, self._count = path, count
         self._known: dict[int, float] = {}
         with contextlib.suppress(OSError, ValueError, AttributeError):  # torn by a kill: none of them is best then
@@ -182,10 +185,8 @@ class _Quality:
         self._known = {step: value for step, value in self._known.items() if step in steps} | {step: quality}
         if jax.process_index() == 0:
             try:
-                part = self._path.with_suffix(".json.part")
-                part.write_text(json.dumps(self._known) + "\n")
-                part.replace(self._path)
-            except OSError as error:
+                write_whole(self._path, (json.dumps(self._known) + "\n").encode())
+            except Exception as error:  # each store's library has types of its own
                 LOG.warning("%s: not written (%s); after a restart no one knows which is best", self._path, error)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
@@ -195,10 +196,21 @@ class _Quality:
         return [info.step in best for info in checkpoints]
 
 
-def _pauses(seconds: float) -> list[float]:
-    """1, 2, 4, … seconds between attempts, `seconds` of them in all; 0 after the last one."""
-    pauses = [min(2.0**n, seconds - (2.0**n - 1)) for n in range(32) if 2.0**n - 1 < seconds]
-    return [*pauses, 0.0]
+def saved_steps(directory: Place) -> list[int]:
+    """Steps of which there is a whole checkpoint, oldest first; it may be damaged all the same."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in epath.Path(absolute(directory)).iterdir() if path.name.isdigit()]
+    return sorted(int(path.name) for path in found if ocp.utils.is_checkpoint_finalized(path))
+
+
+def _torn(directory: epath.Path) -> list[epath.Path]:
+    """Checkpoints that nobody finished. In a store they have their final name, but no mark that they are whole."""
+    paths = list(directory.iterdir()) if directory.is_dir() else []
+    unfinished = [path for path in paths if "orbax-checkpoint-tmp" in path.name]
+    if is_url(directory):
+        unfinished += [p for p in paths if p.name.isdigit() and not ocp.utils.is_checkpoint_finalized(p)]
+    return unfinished
 
 
 def _reason(error: Exception) -> str:
@@ -221,12 +233,28 @@ def _read(directory: Place, abstract: Any, verify: bool, whole: bool = True) -> 
             return _read_once(directory, abstract, verify, whole), None
         except OSError as error:
             if pause is None or isinstance(error, FileNotFoundError | NotADirectoryError):
-                return None, error
+                return None, _of_checkpoint(directory, error)
             LOG.warning("%s: cannot be read (%s); tried again in %.0f s", directory, _words(error), pause)
             time.sleep(pause)
         except Exception as error:  # any failure to read means: not valid
-            return None, error
+            return None, _of_checkpoint(directory, error)
     raise AssertionError("the last pause is None")
+
+
+def _of_checkpoint(directory: Place, error: Exception) -> Exception:
+    """The error, where the checkpoint is to blame for it, and not a store that does not answer.
+
+    Raises:
+        TryAgainError: the store cannot be read now; no checkpoint is damaged for that.
+    """
+    if is_url(directory):
+        try:
+            (directory / "commit_success.txt").read_bytes()
+        except FileNotFoundError:
+            pass
+        except Exception as silent:  # each store's library has types of its own
+            raise TryAgainError(f"{directory}: cannot be read now: {reason(silent)}; start again") from error
+    return error
 
 
 def _read_once(directory: Place, abstract: Any, verify: bool, whole: bool) -> tuple[Any, dict[str, Any]]:
@@ -252,11 +280,7 @@ def restore_params(directory: Place, abstract_params: Any, step: int | None = No
     Raises:
         UserError: there is no such checkpoint, or none can be read.
     """
-    found = (
-        sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
-        if directory.is_dir()
-        else []
-    )
+    found = saved_steps(directory)[::-1]
     wanted = found if step is None else [s for s in found if s == step]
     if not wanted:
         raise UserError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; train the run first")

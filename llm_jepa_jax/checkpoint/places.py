@@ -19,6 +19,8 @@ STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 """The library that each kind of URL needs."""
 SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "tokenizer/*")
 """What a checkpoint has besides its weights, in its directory or a run's."""
+RUN_STORES = ("gs",)
+"""Where a run's checkpoints can lie: what TensorStore writes arrays to, and Orbax knows how to commit in."""
 Place = pathlib.Path | epath.Path
 
 
@@ -57,11 +59,41 @@ def new_place(name: str | pathlib.PurePath) -> Place:
     return epath.Path(name)
 
 
+def run_place(name: str | pathlib.PurePath) -> Place:
+    """The directory of a run, which need not be there.
+
+    Raises:
+        UserError: runs cannot lie there, or the store cannot be reached.
+    """
+    scheme = str(name).partition("://")[0]
+    if is_url(name) and scheme in STORES and scheme not in RUN_STORES:
+        raise UserError(
+            f"{name}: a run's directory lies here or in gs://, not in {scheme}://; name such a one, or one where the "
+            "bucket is mounted"
+        )
+    return new_place(name)
+
+
+def move(source: Place, target: Place) -> None:
+    """Moves a directory. A store copies its objects and then removes them, so a kill between leaves both."""
+    if is_url(source):
+        store, inside = _store(str(source))
+        store.mv(inside, _store(str(target))[1], recursive=True)
+    else:
+        target.parent.mkdir(exist_ok=True)
+        source.rename(target)
+
+
 def _is_there(name: str) -> bool:
     scheme = name.partition("://")[0]
     if scheme not in STORES:
         known = ", ".join(f"{store}://" for store in STORES)
         raise UserError(f"{name}: {scheme}:// is not known; use {known}, or a directory here")
+    if scheme in RUN_STORES:
+        import fsspec.config  # only URLs need it
+
+        # TensorStore and other processes write there too, which a listing that is kept would not show.
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     try:
         return epath.Path(name).is_dir()
     except ImportError as error:
@@ -70,6 +102,12 @@ def _is_there(name: str) -> bool:
         ) from error
     except Exception as error:  # each store's library has types of its own for no network, no login, no right
         raise UserError(f"{name}: cannot be reached ({type(error).__name__}: {reason(error)})") from error
+
+
+def pauses(seconds: float) -> list[float]:
+    """1, 2, 4, … seconds between attempts, `seconds` of them in all; 0 after the last one."""
+    between = [min(2.0**n, seconds - (2.0**n - 1)) for n in range(32) if 2.0**n - 1 < seconds]
+    return [*between, 0.0]
 
 
 def reason(error: Exception) -> str:
@@ -116,18 +154,25 @@ def _store(url: str) -> tuple[Any, str]:
 
 
 def on_this_machine(directory: Place) -> pathlib.Path:
-    """A directory here with the small files of a checkpoint: itself, or a copy that lasts as long as the program."""
+    """A directory here with the small files of a checkpoint: itself, or a copy that lasts as long as the program.
+
+    Raises:
+        UserError: the files cannot be read.
+    """
     return _copy(str(directory)) if is_url(directory) else pathlib.Path(directory)
 
 
 @functools.cache
 def _copy(url: str) -> pathlib.Path:
     source, target = epath.Path(url), _temporary()
-    for pattern in SMALL_FILES:
-        for file in source.glob(pattern):
-            copy = target / file.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(file.read_bytes())
+    try:
+        for pattern in SMALL_FILES:
+            for file in source.glob(pattern):
+                copy = target / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                copy.write_bytes(file.read_bytes())
+    except Exception as error:  # as above
+        raise UserError(f"{url}: cannot be read ({type(error).__name__}: {reason(error)})") from error
     return target
 
 

@@ -7,11 +7,14 @@ from typing import Any
 
 LATE_WRITE = "Event loop is closed"
 """What TensorStore raises, where nobody can catch it, for each write that ends after the first failed one."""
+MEANT_WAIT = "Waiting for previous save to complete"
 
 
 def quiet_failed_writes() -> None:
     """For a whole program: the error reaches `Checkpoints.save` or `.wait`; its echoes, at any time, are left out."""
     logging.getLogger("absl").addFilter(_is_not_orbax_stack)
+    # Training waits for saves on purpose (`checkpoint.ahead_steps`); Orbax advises against it at every one.
+    logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith(MEANT_WAIT))
     logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
     sys.unraisablehook = _show_unless_late
 

@@ -20,9 +20,16 @@ CONFIG, MAP, GENERATION, MODEL_CONFIG = (
 NAMES = (TOKENIZER, MODEL, CONFIG, MAP, "added_tokens.json", TEMPLATE, GENERATION, MODEL_CONFIG, RECORD)
 
 
-def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # another process may write the same file
+PART = ".part"
+"""How the names of files end that are being written; a killed process leaves one behind."""
+
+
+def write_whole(path: Any, data: bytes) -> None:
+    """Writes a file whole or not at all; `path` is one of `pathlib` or, in an object store, of `epath`."""
+    if "://" in str(path):
+        path.write_bytes(data)  # an object is there when all of it is
+        return
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PART}")  # another process may write the same file
     part.write_bytes(data)
     part.replace(path)
 

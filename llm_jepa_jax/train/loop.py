@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from llm_jepa_jax.batch import Batch, StepShape, check_batch
 from llm_jepa_jax.checkpoint.manager import Checkpoints
+from llm_jepa_jax.checkpoint.workdir import Workdir
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.pipeline import TrainData
 from llm_jepa_jax.errors import UserError
@@ -148,7 +149,7 @@ class Recorder:
 
 
 def train(
-    factory: StateFactory, data: TrainData, workdir: pathlib.Path, phases: Phases, evaluate: Evaluate | None
+    factory: StateFactory, data: TrainData, workdir: Workdir, phases: Phases, evaluate: Evaluate | None
 ) -> Result:
     """Trains until the last step or a SIGTERM, from the newest valid checkpoint in `workdir` if there is one.
 
@@ -156,32 +157,32 @@ def train(
     """
     config, mesh = factory.config, factory.mesh
     # --- state, metrics and data, all at the newest valid checkpoint
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint)
     with phases.phase("restore or create the state"):
         step, state, meta = _first_state(factory, checkpoints)
-    recorder = Recorder(config, mesh, workdir, step, Window(meta.get("window")))
+    recorder = Recorder(config, mesh, workdir.files, step, Window(meta.get("window")))
     batches = data.iterator(step, row_parts(mesh), num_row_shards(mesh))
     rows = _global_batches(mesh, batches, data.kinds)
     watchdog = Watchdog(config.train.hang_seconds, config.train.exit_on_hang)
-    save = Saver(checkpoints, recorder, config, watchdog)
+    save = Saver(checkpoints, recorder, config, watchdog, workdir.upload)
     with phases.phase("compile the step"):
         train_steps, flops = zip(*(_compiled_step(factory, data.num_steps, kind) for kind in data.kinds), strict=True)
     # --- loop
     with stop_on_sigterm() as stop, watchdog:
-        score = Scorer(config, evaluate, data.num_steps, recorder, checkpoints, stop, watchdog)
+        score = Scorer(config, evaluate, data.num_steps, recorder, checkpoints, stop, watchdog, workdir.upload)
         try:
             score(step, state)
             with (
                 phases.phase("train"),
                 Bar("train", data.num_steps, step, jax.process_index() == 0) as bar,
                 contextlib.closing(batches),
-                _profiler(config, workdir) as profile,
+                _profiler(config, workdir.files) as profile,
                 _stragglers(config, step) as stragglers,
                 jax.transfer_guard("disallow"),
             ):
                 recorder.restart_clock()
                 while step < data.num_steps and not stop.reached():
-                    watchdog.now(f"step {step + 1}")
+                    save.before(step + 1)
                     profile(step + 1)
                     kind, batch = recorder.timed(lambda: next(rows))
                     stragglers.here(step + 1)

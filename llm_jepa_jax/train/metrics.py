@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from llm_jepa_jax.text.checkpoint_files import write_whole
+
 LOG = logging.getLogger("llm_jepa_jax")
 DEVICE_PEAK_TFLOPS = {
     "TPU v4": 275.0,
@@ -85,9 +87,7 @@ class MetricsWriter:
         if not self._path.exists():
             return
         kept = [line for line in self._path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-        part = self._path.with_suffix(".jsonl.part")
-        part.write_text("".join(kept))
-        part.replace(self._path)
+        write_whole(self._path, "".join(kept).encode())
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line. Values that are not finite are written as strings, so that the file stays JSON."""

@@ -8,6 +8,8 @@ import pathlib
 import time
 from collections.abc import Iterator
 
+from llm_jepa_jax.text.checkpoint_files import write_whole
+
 LOG = logging.getLogger("llm_jepa_jax")
 
 
@@ -36,9 +38,8 @@ class Phases:
     def _add(self, name: str, seconds: float) -> None:
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         if self._path:
-            part = self._path.with_suffix(".json.part")
+            seconds = {key: round(value, 3) for key, value in self.seconds.items()}
             try:
-                part.write_text(json.dumps({key: round(value, 3) for key, value in self.seconds.items()}))
-                part.replace(self._path)
+                write_whole(self._path, json.dumps(seconds).encode())
             except OSError as error:  # timings are not worth stopping for
                 LOG.warning("%s: not written (%s)", self._path, error.strerror)

@@ -32,14 +32,20 @@ class Record(Protocol):
     """Of the last step, if it is evaluated."""
 
     def write_scores(self, step: int, scores: dict[str, float]) -> None: ...
+    def restart_clock(self) -> None: ...
     def close(self) -> None: ...
 
 
 class Saver:
     """Saves a step once, with what a bit-equal restart needs beside the state."""
 
-    def __init__(self, checkpoints: Checkpoints, recorder: Record, config: Config, watchdog: Watchdog):
+    def __init__(
+        self, checkpoints: Checkpoints, recorder: Record, config: Config, watchdog: Watchdog,
+        upload: Callable[[], None],
+    ):  # fmt: skip
+        """`upload` brings the metrics to where the checkpoints are; see `Workdir.upload`."""
         self._checkpoints, self._recorder, self._config, self._watchdog = checkpoints, recorder, config, watchdog
+        self._upload = upload
 
     def _meta(self, step: int) -> dict[str, Any]:
         # All draws come from (seed, step) and (seed, epoch, example), so these two are the whole random state.
@@ -48,8 +54,21 @@ class Saver:
     def __call__(self, step: int, state: TrainState) -> None:
         if step and step not in self._checkpoints.steps():
             self._watchdog.now(f"saving step {step}")
+            self._upload()
             with jax.transfer_guard("allow"):  # Orbax copies the shards to the host by itself
                 self._checkpoints.save(step, saved_part(state), self._meta(step))
+
+    def before(self, step: int) -> None:
+        """Before a step begins: waits for a checkpoint that is still being written, unless the step is near to it.
+
+        So no more is ever at stake than `checkpoint.every_steps` + `checkpoint.ahead_steps`.
+        """
+        writing = self._checkpoints.writing
+        if writing is not None and step - writing > self._config.checkpoint.ahead_steps:
+            self._watchdog.now(f"saving step {writing}")
+            self._checkpoints.settle()
+            self._recorder.restart_clock()
+        self._watchdog.now(f"step {step}")
 
     def last(self, step: int, state: TrainState) -> None:
         """The same, and waits until everything is on disk; does nothing where it is.
@@ -59,6 +78,7 @@ class Saver:
         """
         if step:
             self._watchdog.now(f"saving step {step}")
+            self._upload()
             self._checkpoints.finish(step, saved_part(state), self._meta(step))
 
     def close(self, step: int, state: TrainState) -> None:
@@ -73,10 +93,11 @@ class Scorer:
 
     def __init__(
         self, config: Config, evaluate: Evaluate | None, num_steps: int, recorder: Record, checkpoints: Checkpoints,
-        stop: Stop, watchdog: Watchdog,
+        stop: Stop, watchdog: Watchdog, upload: Callable[[], None],
     ):  # fmt: skip
         self._every, self._evaluate, self._num_steps = config.eval.every_steps, evaluate, num_steps
         self._recorder, self._checkpoints, self._stop, self._watchdog = recorder, checkpoints, stop, watchdog
+        self._upload = upload
 
     def due(self, step: int) -> bool:
         """Whether the step is to be evaluated and is not yet."""
@@ -95,6 +116,7 @@ class Scorer:
         except Stopped:
             return
         self._recorder.write_scores(step, scores)
+        self._upload()
         self._checkpoints.rate(step, self._evaluate.quality(scores))
 
 

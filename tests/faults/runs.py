@@ -107,8 +107,8 @@ LIVES = multiprocessing.get_context("forkserver")
 LIVES.set_forkserver_preload(["llm_jepa_jax.modes", "llm_jepa_jax.verify", "llm_jepa_jax.publish"])
 
 
-def live(workdir, log):
+def live(workdir, log, *arguments):
     """Starts a run in a fraction of the time of `start`."""
-    process = LIVES.Process(target=_life, args=([*ARGUMENTS, f"--workdir={workdir}"], str(log)))
+    process = LIVES.Process(target=_life, args=([*ARGUMENTS, *arguments, f"--workdir={workdir}"], str(log)))
     process.start()
     return process
