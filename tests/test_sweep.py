@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -125,6 +126,20 @@ def test_wrong_files_are_one_line(text, words, tmp_path):
     with pytest.raises(UserError, match="sweep.json") as error:
         load(str(path))
     assert words in str(error.value)
+
+
+def documented():
+    for name in ("README.md", "docs/sweeps.md"):
+        for block in re.findall(r"```bash\n(.*?)```", (REPOSITORY / name).read_text(), re.DOTALL):
+            for line in block.splitlines():
+                if "llm_jepa_jax.sweep" in line:
+                    yield shlex.split(line.split("llm_jepa_jax.sweep")[1])
+
+
+def test_documented_sweeps_expand(monkeypatch, tmp_path):
+    monkeypatch.chdir(REPOSITORY)
+    every = [points(read_spec(*parse(arguments)), tmp_path) for arguments in documented()]
+    assert len(every) == 4 and len(every[1]) == 105
 
 
 # --- Commands

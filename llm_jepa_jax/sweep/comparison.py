@@ -114,6 +114,8 @@ class Row:
     cells: tuple[CellResult, ...]
     """Of the variants, as configured."""
     metric: str
+    tested: bool
+    """There are test records: differences are on them."""
     scaled: Mapping[Cell, CellResult] = dataclasses.field(default_factory=dict)
     """By best cell: the same at the baseline's compute; itself where it took as much."""
 
@@ -142,7 +144,7 @@ def make_rows(spec: Spec, outcomes: Iterable[Outcome], metric: str) -> list[Row]
         mine = [result for cell, result in found.items() if cell.row == name]
         plain = [result for result in mine if not result.cell.steps]
         base = next((result for result in plain if result.cell.variant == baseline), None)
-        row = Row(name, base, tuple(result for result in plain if result is not base), metric)
+        row = Row(name, base, tuple(result for result in plain if result is not base), metric, bool(spec.test))
         rows.append(dataclasses.replace(row, scaled=_scaled(row, mine)) if spec.equal_compute else row)
     return rows
 

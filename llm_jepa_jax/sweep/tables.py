@@ -60,8 +60,7 @@ def _line(row: Row, result: CellResult, budget: str, best: bool) -> Line:
     is_baseline = result is row.baseline
     difference, p, pairs = math.nan, math.nan, 0
     if row.baseline and not is_baseline:
-        tested = result.test.n > 0 and row.baseline.test.n > 0
-        ours, theirs = (result.test, row.baseline.test) if tested else (result.dev, row.baseline.dev)
+        ours, theirs = (result.test, row.baseline.test) if row.tested else (result.dev, row.baseline.dev)
         difference, p, pairs = (
             (found := paired(ours, theirs, higher_is_better(row.metric))).difference,
             found.p,
