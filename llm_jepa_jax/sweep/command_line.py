@@ -63,6 +63,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
         UserError: a flag is unknown or has a wrong value.
     """
     options, rest = make_parser().parse_known_args(argv)
+    if "://" in options.dir:
+        raise UserError(f"--dir={options.dir}: a sweep's directory is local; name one here, or a mounted bucket")
     keys = []
     for argument in rest:
         found = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from scipy import stats
 
-from llm_jepa_jax.sweep.points import Cell
+from llm_jepa_jax.sweep.points import Cell, cells
 from llm_jepa_jax.sweep.results import DONE, FAILED, Outcome, higher_is_better, value
 from llm_jepa_jax.sweep.spec import Spec
 
@@ -137,7 +137,9 @@ def make_rows(spec: Spec, outcomes: Iterable[Outcome], metric: str) -> list[Row]
     by_cell: dict[Cell, list[Outcome]] = {}
     for outcome in outcomes:
         by_cell.setdefault(outcome.point.cell, []).append(outcome)
-    found = {cell: CellResult(cell, tuple(group), metric) for cell, group in by_cell.items()}
+    order = {cell: number for number, cell in enumerate(cells(spec))}
+    in_order = sorted(by_cell, key=lambda cell: order[dataclasses.replace(cell, steps=0)])
+    found = {cell: CellResult(cell, tuple(by_cell[cell]), metric) for cell in in_order}
     baseline = spec.baseline[0] if spec.baseline else None
     rows = []
     for name, _ in spec.rows:

@@ -23,7 +23,8 @@ from llm_jepa_jax.sweep.spec import Spec
 from llm_jepa_jax.text.checkpoint_files import write_whole
 
 MORE_CSS = """
-body{max-width:72rem} td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+body{max-width:72rem} .plots{grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr))}
+td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 tr.best td{font-weight:600} tr.baseline td{background:#f5f7f9} tr.better td.p{color:#3c8d5a;font-weight:600}
 .warning{border-left:4px solid #d9822b;padding:.3rem .8rem;background:#fdf6ec;margin:.4rem 0}
 table.heat{width:auto;border-collapse:separate;border-spacing:3px}

@@ -113,7 +113,9 @@ def load(path: str) -> Spec:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"--spec={path}: {type(error).__name__}: {error}; it defines get_sweep()") from error
+            raise UserError(
+                f"--spec={path}: {type(error).__name__}: {error}; a sweep's file defines get_sweep()"
+            ) from error
     return from_mapping(values, path)
 
 

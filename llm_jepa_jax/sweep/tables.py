@@ -97,7 +97,7 @@ def number(mean: float, std: float, higher: bool) -> str:
     """Mean and standard deviation; shares in percent."""
     if math.isnan(mean):
         return "–"
-    factor, digits = (100.0, 2) if higher else (1.0, 4)
+    factor, digits = (100.0, 2) if higher else (1.0, 2 if abs(mean) >= 10 else 4)
     spread = "" if math.isnan(std) else f" ± {factor * std:.{digits}f}"
     return f"{factor * mean:.{digits}f}{spread}"
 
@@ -105,7 +105,7 @@ def number(mean: float, std: float, higher: bool) -> str:
 def signed(difference: float, higher: bool) -> str:
     if math.isnan(difference):
         return "–"
-    return f"{100 * difference:+.2f}" if higher else f"{difference:+.4f}"
+    return f"{100 * difference:+.2f}" if higher else f"{difference:+.{2 if abs(difference) >= 10 else 4}f}"
 
 
 def probability(p: float) -> str:
