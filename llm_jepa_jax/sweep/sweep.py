@@ -39,9 +39,10 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     if options.tune:
         check_tunable(spec)
     check_manifest(directory, every)
+    if not options.dry_run:
+        write_manifest(directory, spec, every)
     if options.dry_run or options.form:
         return show(options, chosen(options, [*every, *scaled_points(spec, directory, every, metric)]))
-    write_manifest(directory, spec, every)
     if not options.table:
         every = execute(options, spec, directory, every, metric)
     else:
