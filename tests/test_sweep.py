@@ -3,7 +3,6 @@
 
 import csv
 import io
-import itertools
 import json
 import math
 import re
@@ -27,6 +26,7 @@ from llm_jepa_jax.sweep.spec import from_mapping, load, parse_values
 from llm_jepa_jax.sweep.submit import job_lines
 from llm_jepa_jax.sweep.sweep import run
 from llm_jepa_jax.sweep.tuner import tune
+from tests.benchmarks.tuner import trial
 from tests.conftest import REPOSITORY
 from tests.sweeps import NTP, outcomes_of, spec_of
 
@@ -290,31 +290,12 @@ def test_lower_is_better_of_losses_and_perplexities(tmp_path):
 # --- The tuner
 
 
-def surface(rng, shape):
-    """A smooth hill somewhere in the grid, with bumps: what settings are worth."""
-    centre, width = [rng.uniform(-0.5, size - 0.5) for size in shape], rng.uniform(1.0, 3.0, len(shape))
-    places = np.array(list(itertools.product(*map(range, shape))))
-    hill = 10 * np.exp(-0.5 * (((places - centre) / width) ** 2).sum(axis=1)) + rng.normal(0, 0.3, len(places))
-    return hill.reshape(shape)
-
-
 def test_the_tuner_finds_good_settings_with_a_third_of_the_runs():
     """On noisy surfaces, against the whole grid and against as many runs on settings drawn at random."""
-    lost = {"tuner": [], "grid": [], "random": []}
-    for number in range(8):
-        rng, shape, seeds = np.random.default_rng(number), (5, 4), 5
-        worth = surface(rng, shape)
-        scores = worth[..., None] + rng.normal(0, 1.5, seeds) + rng.normal(0, 1.5, (*shape, seeds))
-        tuned = tune(shape, seeds, lambda wanted, scores=scores: [scores[(*place, seed)] for place, seed in wanted])
-        assert tuned.runs <= tuned.grid_runs / 3 and tuned.runs == sum(map(len, tuned.history))
-        places = list(itertools.product(*map(range, shape)))
-        drawn = [places[i] for i in rng.choice(len(places), tuned.grid_runs // 3 // seeds, replace=False)]
-        picks = {"tuner": tuned.best, "grid": max(places, key=lambda p: scores[p].mean())}
-        picks["random"] = max(drawn, key=lambda p, scores=scores: scores[p].mean())
-        for name, place in picks.items():
-            lost[name].append(worth.max() - worth[place])
-    means = {name: np.mean(values) for name, values in lost.items()}
-    assert means["tuner"] < means["grid"] + 0.5 < means["random"]
+    found = [trial(number, (5, 4), 5, 1.5) for number in range(8)]
+    lost = {name: np.mean([each[name] for each in found]) for name in found[0]}
+    assert max(each["share of runs"] for each in found) <= 1 / 3
+    assert lost["tuner"] < lost["grid"] + 0.5 < lost["random third"]
 
 
 def test_the_tuner_leaves_failing_settings_alone():

@@ -98,7 +98,7 @@ def test_a_signal_ends_the_runs_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.slow
 def test_equal_compute_and_the_tuner_share_points_with_the_grid(tmp_path):
     directory = tmp_path / "sweep"
-    flags = [f"--dir={directory}", *TINY, f"--grid={K}=0..2", "--grid=objective.jepa.weight=0.5,1,2", "--seeds=82,23"]
+    flags = [f"--dir={directory}", *TINY, f"--grid={K}=0..2", "--grid=objective.jepa.weight=0.5,2", "--seeds=82,23"]
     flags += [
         f"--baseline={NTP}",
         "--variant=JEPA: objective.jepa.dropout=0",
@@ -108,10 +108,10 @@ def test_equal_compute_and_the_tuner_share_points_with_the_grid(tmp_path):
     flags += ["--config.train.num_steps=30", f"--test={write_records(tmp_path / 'test.jsonl')}"]
     tuned = run([*flags, "--tune"])
     found = json.loads((directory / "tune.json").read_text())[0]
-    assert found["runs"] <= 6 and tuned["done"] == found["runs"] + 2 and tuned["failed"] == 0
+    assert found["runs"] <= 4 and tuned["done"] == found["runs"] + 2 and tuned["failed"] == 0
     logs = {path.name: path.stat().st_size for path in directory.glob("logs/*.log")}
     whole = run([*flags, "--equal-compute"])
-    assert whole["done"] == 2 * 9 + 2 + 2 and whole["left"] == 0
+    assert whole["done"] == 2 * 6 + 2 + 2 and whole["left"] == 0
     assert all((directory / "logs" / name).stat().st_size == size for name, size in logs.items())
     lines = list(csv.DictReader((directory / "table.csv").open()))
     [scaled] = [line for line in lines if line["budget"] == "equal compute"]
