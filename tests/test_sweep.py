@@ -246,6 +246,7 @@ def test_the_best_setting_is_chosen_on_dev_and_by_all_seeds(tmp_path):
     chosen = lines[3]
     assert chosen.test_mean == pytest.approx(0.5 + 3 * 0.046) and chosen.difference == pytest.approx(0.1 + 2 * 0.046)
     assert chosen.p < 0.01 and chosen.flops == 1250.0
+    assert "JEPA has no run at equal compute yet, or its FLOPs are not recorded" in tables.warnings([row])
     [warning] = [text for text in tables.warnings([row]) if "λ 2, k 1" in text]
     assert "no number for seed 37" in warning
 

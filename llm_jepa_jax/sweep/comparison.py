@@ -116,8 +116,8 @@ class Row:
     metric: str
     tested: bool
     """There are test records: differences are on them."""
-    scaled: Mapping[Cell, CellResult] = dataclasses.field(default_factory=dict)
-    """By best cell: the same at the baseline's compute; itself where it took as much."""
+    scaled: Mapping[Cell, CellResult] | None = None
+    """By best cell: the same at the baseline's compute; itself where it took as much. None: not asked for."""
 
     def best(self, variant: str) -> CellResult | None:
         """The variant's best setting on dev. One that lacks seeds comes behind those that lack fewer."""

@@ -71,6 +71,7 @@ class Runner:
         self._running: list[Job] = []
         self._attempts: dict[str, int] = {}
         self._prepared: set[str] = set()
+        self._elsewhere: set[str] = set()
         self._ended: list[Outcome] = []
         self._stop = Stop()
 
@@ -102,8 +103,12 @@ class Runner:
                 return
             if point.data_key not in self._prepared and any(j.point.data_key == point.data_key for j in self._running):
                 continue
-            with contextlib.suppress(BlockingIOError):  # an earlier start of this sweep left it running
+            try:
                 self._start(point, free[0])
+            except BlockingIOError:  # an earlier start of this sweep left it running, or another has it
+                if point.name not in self._elsewhere:
+                    LOG.info("%s: runs in another process; it is waited for", point.name)
+                self._elsewhere.add(point.name)
 
     def _start(self, point: Point, slot: int) -> None:
         """Raises BlockingIOError: another process has the point."""

@@ -52,7 +52,7 @@ def make_lines(rows: Sequence[Row]) -> list[Line]:
         if row.baseline:
             lines.append(_line(row, row.baseline, AS_CONFIGURED, False))
         lines += [_line(row, result, AS_CONFIGURED, result.cell in best) for result in row.cells]
-        lines += [_line(row, result, EQUAL_COMPUTE, True) for result in row.scaled.values()]
+        lines += [_line(row, result, EQUAL_COMPUTE, True) for result in (row.scaled or {}).values()]
     return lines
 
 
@@ -78,18 +78,21 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     """What makes the comparison less than it seems."""
     found = []
     for row in rows:
-        where = f"{row.name}: " if row.name else ""
-        cells = [*([row.baseline] if row.baseline else []), *row.cells, *row.scaled.values()]
+        where, scaled = f"{row.name}: " if row.name else "", row.scaled or {}
+        cells = [*([row.baseline] if row.baseline else []), *row.cells, *scaled.values()]
         lacking = {result.cell: result for result in cells if result.missing}
         for result in lacking.values():
             name = " ".join(filter(None, [result.cell.variant, result.cell.label])) or "the runs"
             seeds = f"seed{'s' * (len(result.missing) > 1)} {', '.join(map(str, result.missing))}"
             found.append(f"{where}{name} has no number for {seeds}: its mean is over fewer runs than others'")
-        for cell, result in row.scaled.items():
+        for cell, result in scaled.items():
             if result.cell == cell and row.baseline:
                 found.append(
                     f"{where}{cell.variant} takes the baseline's FLOPs to within 1%: equal compute is the same runs"
                 )
+        lacking_compute = [best.cell for best in row.best_cells if row.scaled is not None and best.cell not in scaled]
+        for cell in lacking_compute:
+            found.append(f"{where}{cell.variant} has no run at equal compute yet, or its FLOPs are not recorded")
     return found
 
 
