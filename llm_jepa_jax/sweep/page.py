@@ -33,6 +33,8 @@ table.heat td{min-width:5.2rem;padding:.55rem .5rem;border-radius:5px} table.hea
 table.heat small{display:block;opacity:.8} .heats{display:flex;flex-wrap:wrap;gap:2.5rem} .scroll{overflow-x:auto}
 .failed{color:#b5382f} details{margin:.6rem 0}
 """
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a browser lets the page do: nothing from anywhere else."""
 NUMBERS = ("seeds", "steps", "training", "dev", "train", "test", "Δ", "p")
 
 
@@ -65,6 +67,7 @@ def write_page(
     ]  # fmt: skip
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<link rel="icon" href="data:,"><title>{name}</title><style>{CSS}{MORE_CSS}</style>'
     )
     page = f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>"
