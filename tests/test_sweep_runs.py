@@ -118,7 +118,7 @@ def test_equal_compute_and_the_tuner_share_points_with_the_grid(tmp_path):
     assert all(0 < float(line["test_mean"]) != float(line["dev_mean"]) for line in lines)
     verdicts = directory / "points" / "NTP_seed=82" / "test" / "perplexity-30.jsonl"
     assert len(verdicts.read_text().splitlines()) == 6  # all records, though TINY's evaluation has four
-    assert "the whole grid's best is" in (directory / "table.md").read_text()
+    assert "the whole grid's best" in (directory / "table.md").read_text()
 
 
 @pytest.mark.slow
