@@ -3,7 +3,6 @@
 
 import csv
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -16,7 +15,7 @@ import pytest
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.sweep.sweep import run
 from tests.conftest import REPOSITORY
-from tests.faults.runs import wait
+from tests.faults.runs import last_step, wait
 from tests.sweeps import NTP, TINY, environment, write_records
 
 K = "objective.jepa.num_predictors"
@@ -88,7 +87,7 @@ def test_a_signal_ends_the_runs_and_the_same_command_goes_on(tmp_path):
     directory = tmp_path / "sweep"
     flags = [*TINY, f"--grid={K}=0,1", "--seeds=82", "--jobs=2", "--config.train.num_steps=3000"]
     process = start(directory, *flags)
-    wait(lambda: len(list(directory.glob("points/*/metrics.jsonl"))) == 2, process)
+    wait(lambda: sum(last_step(point) > 0 for point in directory.glob("points/*")) == 2, process)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 1 and runs_of(directory) == []
     assert '"left": 2' in directory.with_suffix(".log").read_text()
@@ -98,7 +97,7 @@ def test_a_signal_ends_the_runs_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.slow
 def test_equal_compute_and_the_tuner_share_points_with_the_grid(tmp_path):
     directory = tmp_path / "sweep"
-    flags = [f"--dir={directory}", *TINY, f"--grid={K}=0..2", "--grid=objective.jepa.weight=0.5,1,2", "--seeds=82,23"]
+    flags = [f"--dir={directory}", *TINY, f"--grid={K}=0..2", "--grid=objective.jepa.weight=0.5,2", "--seeds=82,23"]
     flags += [
         f"--baseline={NTP}",
         "--variant=JEPA: objective.jepa.dropout=0",
@@ -108,10 +107,10 @@ def test_equal_compute_and_the_tuner_share_points_with_the_grid(tmp_path):
     flags += ["--config.train.num_steps=30", f"--test={write_records(tmp_path / 'test.jsonl')}"]
     tuned = run([*flags, "--tune"])
     found = json.loads((directory / "tune.json").read_text())[0]
-    assert found["runs"] <= 6 and tuned["done"] == found["runs"] + 2 and tuned["failed"] == 0
+    assert found["runs"] <= 4 and tuned["done"] == found["runs"] + 2 and tuned["failed"] == 0
     logs = {path.name: path.stat().st_size for path in directory.glob("logs/*.log")}
     whole = run([*flags, "--equal-compute"])
-    assert whole["done"] == 2 * 9 + 2 + 2 and whole["left"] == 0
+    assert whole["done"] == 2 * 6 + 2 + 2 and whole["left"] == 0
     assert all((directory / "logs" / name).stat().st_size == size for name, size in logs.items())
     lines = list(csv.DictReader((directory / "table.csv").open()))
     [scaled] = [line for line in lines if line["budget"] == "equal compute"]
@@ -119,22 +118,24 @@ def test_equal_compute_and_the_tuner_share_points_with_the_grid(tmp_path):
     assert all(0 < float(line["test_mean"]) != float(line["dev_mean"]) for line in lines)
     verdicts = directory / "points" / "NTP_seed=82" / "test" / "perplexity-30.jsonl"
     assert len(verdicts.read_text().splitlines()) == 6  # all records, though TINY's evaluation has four
-    assert "the whole grid's best is" in (directory / "table.md").read_text()
+    assert "the whole grid's best" in (directory / "table.md").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
 def test_the_page_renders_without_errors_and_without_the_network(swept, tmp_path):
+    """Its own policy lets a browser load nothing; what it tried would be an error on the console."""
+
+    def console_of(page, picture):
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--no-first-run", "--window-size=1250,1600"]
+        command += [f"--screenshot={picture}", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+        assert picture.stat().st_size > 20_000, done.stderr[-1000:]
+        return [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
     page = swept[0] / "sweep.html"
-    done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-         f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--no-first-run",
-         f"--screenshot={tmp_path / 'page.png'}", "--window-size=1250,1600",
-         "--virtual-time-budget=3000", page.as_uri()],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ,
-    )  # fmt: skip
-    assert (tmp_path / "page.png").stat().st_size > 20_000, done.stderr[-1000:]
-    assert "CONSOLE" not in done.stderr
-    net = (tmp_path / "net.json").read_text()
-    assert not re.findall(r'"url":"(?:http|ws)s?://[^"]*"', net)
+    assert console_of(page, tmp_path / "page.png") == []
+    other = tmp_path / "other.html"
+    other.write_text(page.read_text().replace("<h1>", '<img src="http://localhost/a.png"><h1>'))
+    assert console_of(other, tmp_path / "other.png")

@@ -2,6 +2,7 @@
 """The pictures of a run. Every function takes numbers and returns a matplotlib figure; `STYLE` is how they look."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,7 +12,7 @@ from sklearn.manifold import TSNE
 from llm_jepa_jax.objectives.diagnostics import pair_cosines, shuffled_cosines
 
 INK, BLUE, ORANGE, GREEN, GREY = "#26323f", "#2f6db5", "#d9822b", "#3c8d5a", "#9aa5b1"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.figsize": (6.4, 3.7),
     "figure.dpi": 130,
     "axes.spines.top": False,

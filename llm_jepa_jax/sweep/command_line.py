@@ -8,6 +8,7 @@ import pathlib
 import re
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.sweep import spec as specs
@@ -63,6 +64,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
         UserError: a flag is unknown or has a wrong value.
     """
     options, rest = make_parser().parse_known_args(argv)
+    if "://" in options.dir:
+        raise UserError(f"--dir={options.dir}: a sweep's directory is local; name one here, or a mounted bucket")
     keys = []
     for argument in rest:
         found = re.fullmatch(r"--config\.([\w.]+)=(.*)", argument, re.DOTALL)
@@ -118,18 +121,18 @@ _CHANGES = {
 """Flags and the fields of `Spec` that they change."""
 
 
-def _read(name: str, value: object) -> object:
+def _read(name: str, value: Any) -> Any:
     """A flag's value as its field has it."""
     if name == "grid":
-        return specs.from_mapping({"grid": dict(_grid(text) for text in value)}, "--grid").grid  # type: ignore[attr-defined]
+        return specs.from_mapping({"grid": dict(_grid(text) for text in value)}, "--grid").grid
     if name == "setting":
-        return tuple(_keys(text, f"--setting={text}") for text in value)  # type: ignore[attr-defined]
+        return tuple(_keys(text, f"--setting={text}") for text in value)
     if name == "seeds":
         return _seeds(str(value))
     if name == "baseline":
         return _named(str(value), "--baseline")
     if name in ("variant", "row"):
-        found = [_named(text, f"--{name}") for text in value]  # type: ignore[attr-defined]
+        found = [_named(text, f"--{name}") for text in value]
         if len(dict(found)) < len(found):
             raise UserError(f"--{name}: a name comes twice")
         return tuple(found)

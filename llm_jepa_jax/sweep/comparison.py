@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 from scipy import stats
 
-from llm_jepa_jax.sweep.points import Cell
+from llm_jepa_jax.sweep.points import Cell, cells
 from llm_jepa_jax.sweep.results import DONE, FAILED, Outcome, higher_is_better, value
 from llm_jepa_jax.sweep.spec import Spec
 
@@ -114,8 +114,10 @@ class Row:
     cells: tuple[CellResult, ...]
     """Of the variants, as configured."""
     metric: str
-    scaled: Mapping[Cell, CellResult] = dataclasses.field(default_factory=dict)
-    """By best cell: the same at the baseline's compute; itself where it took as much."""
+    tested: bool
+    """There are test records: differences are on them."""
+    scaled: Mapping[Cell, CellResult] | None = None
+    """By best cell: the same at the baseline's compute; itself where it took as much. None: not asked for."""
 
     def best(self, variant: str) -> CellResult | None:
         """The variant's best setting on dev. One that lacks seeds comes behind those that lack fewer."""
@@ -135,14 +137,16 @@ def make_rows(spec: Spec, outcomes: Iterable[Outcome], metric: str) -> list[Row]
     by_cell: dict[Cell, list[Outcome]] = {}
     for outcome in outcomes:
         by_cell.setdefault(outcome.point.cell, []).append(outcome)
-    found = {cell: CellResult(cell, tuple(group), metric) for cell, group in by_cell.items()}
+    order = {cell: number for number, cell in enumerate(cells(spec))}
+    in_order = sorted(by_cell, key=lambda cell: order[dataclasses.replace(cell, steps=0)])
+    found = {cell: CellResult(cell, tuple(by_cell[cell]), metric) for cell in in_order}
     baseline = spec.baseline[0] if spec.baseline else None
     rows = []
     for name, _ in spec.rows:
         mine = [result for cell, result in found.items() if cell.row == name]
         plain = [result for result in mine if not result.cell.steps]
         base = next((result for result in plain if result.cell.variant == baseline), None)
-        row = Row(name, base, tuple(result for result in plain if result is not base), metric)
+        row = Row(name, base, tuple(result for result in plain if result is not base), metric, bool(spec.test))
         rows.append(dataclasses.replace(row, scaled=_scaled(row, mine)) if spec.equal_compute else row)
     return rows
 

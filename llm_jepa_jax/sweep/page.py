@@ -23,7 +23,8 @@ from llm_jepa_jax.sweep.spec import Spec
 from llm_jepa_jax.text.checkpoint_files import write_whole
 
 MORE_CSS = """
-body{max-width:72rem} td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+body{max-width:72rem} .plots{grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr))}
+td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 tr.best td{font-weight:600} tr.baseline td{background:#f5f7f9} tr.better td.p{color:#3c8d5a;font-weight:600}
 .warning{border-left:4px solid #d9822b;padding:.3rem .8rem;background:#fdf6ec;margin:.4rem 0}
 table.heat{width:auto;border-collapse:separate;border-spacing:3px}
@@ -32,6 +33,8 @@ table.heat td{min-width:5.2rem;padding:.55rem .5rem;border-radius:5px} table.hea
 table.heat small{display:block;opacity:.8} .heats{display:flex;flex-wrap:wrap;gap:2.5rem} .scroll{overflow-x:auto}
 .failed{color:#b5382f} details{margin:.6rem 0}
 """
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a browser lets the page do: nothing from anywhere else."""
 NUMBERS = ("seeds", "steps", "training", "dev", "train", "test", "Δ", "p")
 
 
@@ -64,6 +67,7 @@ def write_page(
     ]  # fmt: skip
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<link rel="icon" href="data:,"><title>{name}</title><style>{CSS}{MORE_CSS}</style>'
     )
     page = f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>"

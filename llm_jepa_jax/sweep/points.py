@@ -108,11 +108,11 @@ class Point:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The keys that make its result what it is."""
+        """The keys that make its training what it is."""
         return {
             key: value for key, value in self.configuration.items()
             if not any(key == part or key.startswith(part + ".") for part in MACHINE)
-        } | {"test": self.test, "test_examples": self.test_examples}  # fmt: skip
+        }  # fmt: skip
 
     @property
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ from llm_jepa_jax.errors import TRY_AGAIN
 from llm_jepa_jax.sweep import results
 from llm_jepa_jax.sweep.devices import Devices
 from llm_jepa_jax.sweep.points import Point, command
-from llm_jepa_jax.sweep.results import DONE, FAILED, MISSING, Outcome
+from llm_jepa_jax.sweep.results import DONE, FAILED, Outcome
 from llm_jepa_jax.train.progress import Bar
 
 LOG = logging.getLogger("llm_jepa_jax")
@@ -33,6 +33,8 @@ class Job:
 
     point: Point
     process: subprocess.Popen
+    trains: bool
+    """It does not evaluate on test records."""
     slot: int
     start: float
     log_from: int
@@ -69,6 +71,7 @@ class Runner:
         self._running: list[Job] = []
         self._attempts: dict[str, int] = {}
         self._prepared: set[str] = set()
+        self._elsewhere: set[str] = set()
         self._ended: list[Outcome] = []
         self._stop = Stop()
 
@@ -100,8 +103,12 @@ class Runner:
                 return
             if point.data_key not in self._prepared and any(j.point.data_key == point.data_key for j in self._running):
                 continue
-            with contextlib.suppress(BlockingIOError):  # an earlier start of this sweep left it running
+            try:
                 self._start(point, free[0])
+            except BlockingIOError:  # an earlier start of this sweep left it running, or another has it
+                if point.name not in self._elsewhere:
+                    LOG.info("%s: runs in another process; it is waited for", point.name)
+                self._elsewhere.add(point.name)
 
     def _start(self, point: Point, slot: int) -> None:
         """Raises BlockingIOError: another process has the point."""
@@ -112,7 +119,7 @@ class Runner:
             if outcome.state == DONE:  # that other process has ended well
                 self._ended.append(outcome)
                 return
-            arguments = point.arguments if outcome.state == MISSING else point.test_arguments
+            arguments = point.test_arguments if outcome.result else point.arguments
             point.log.parent.mkdir(parents=True, exist_ok=True)
             with point.log.open("ab") as log:
                 log.write(f"+ {shlex.join(command(arguments))}\n".encode("utf-8", "surrogateescape"))
@@ -122,7 +129,7 @@ class Runner:
                     command(arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                     pass_fds=[lock.fileno()], env=os.environ | self._devices.environment(slot, self._jobs),
                 )  # fmt: skip
-                self._running.append(Job(point, process, slot, time.monotonic(), log.tell()))
+                self._running.append(Job(point, process, not outcome.result, slot, time.monotonic(), log.tell()))
 
     def _collect(self) -> None:
         for job in list(self._running):
@@ -148,7 +155,7 @@ class Runner:
             return
         if self._stop.asked:
             return
-        if code == 0 and outcome.state == results.TRAINED and "--mode=eval" not in job.process.args:
+        if code == 0 and outcome.state == results.TRAINED and job.trains:
             self._waiting.insert(0, point)  # its test evaluation is next
             return
         error = _last_line(job)

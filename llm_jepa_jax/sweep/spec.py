@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from llm_jepa_jax.errors import UserError
@@ -113,7 +113,9 @@ def load(path: str) -> Spec:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"--spec={path}: {type(error).__name__}: {error}; it defines get_sweep()") from error
+            raise UserError(
+                f"--spec={path}: {type(error).__name__}: {error}; a sweep's file defines get_sweep()"
+            ) from error
     return from_mapping(values, path)
 
 
@@ -126,12 +128,12 @@ def from_mapping(values: Any, origin: str) -> Spec:
     fields = {field.name for field in dataclasses.fields(Spec)}
     if not isinstance(values, Mapping):
         raise UserError(f"{origin}: a sweep is a mapping with some of {', '.join(sorted(fields))}")
-    read = {
+    read: dict[str, Callable[[Any, str], Any]] = {
         "config": _text, "metric": _text, "test": _text, "common": _part, "rows": _named, "variants": _named,
         "baseline": _baseline, "grid": _grid, "settings": _list, "random": _count, "seeds": _seeds,
         "test_examples": _count, "equal_compute": _flag,
     }  # fmt: skip
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"{origin}: unknown key {name!r}; a sweep has some of {', '.join(sorted(fields))}")

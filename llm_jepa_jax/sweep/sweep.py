@@ -39,9 +39,10 @@ def run(argv: Sequence[str]) -> dict[str, Any]:
     if options.tune:
         check_tunable(spec)
     check_manifest(directory, every)
+    if not options.dry_run:
+        write_manifest(directory, spec, every)
     if options.dry_run or options.form:
         return show(options, chosen(options, [*every, *scaled_points(spec, directory, every, metric)]))
-    write_manifest(directory, spec, every)
     if not options.table:
         every = execute(options, spec, directory, every, metric)
     else:
@@ -108,19 +109,32 @@ def check_manifest(directory: pathlib.Path, every: Sequence[Point]) -> None:
     known = json.loads(path.read_text())["points"] if path.exists() else {}
     for each in every:
         before = known.get(each.name)
-        if before is None or not each.workdir.exists() or before["fingerprint"] == each.fingerprint:
+        if before is None or not each.workdir.exists():
             continue
-        now, old = json.loads(json.dumps(each.identity)), before["identity"]
-        changed = [key for key in sorted({*now, *old}) if now.get(key) != old.get(key)]
-        words = ", ".join(f"{key} was {old.get(key)!r}, now {now.get(key)!r}" for key in changed[:3])
-        raise UserError(f"{each.workdir}: was begun with another configuration ({words}); name another --dir")
+        if before["fingerprint"] != each.fingerprint:
+            now, old = json.loads(json.dumps(each.identity)), before["identity"]
+            changed = [key for key in sorted({*now, *old}) if now.get(key) != old.get(key)]
+            words = ", ".join(f"{key} was {old.get(key)!r}, now {now.get(key)!r}" for key in changed[:3])
+            raise UserError(f"{each.workdir}: was begun with another configuration ({words}); name another --dir")
+        tested = each.workdir / "test"
+        if before["test"] != [each.test, each.test_examples] and tested.exists():
+            raise UserError(
+                f"{tested}: is of other test records ({before['test'][0]}); move it away, or name another --dir"
+            )
 
 
 def write_manifest(directory: pathlib.Path, spec: Spec, every: Sequence[Point]) -> None:
     """The sweep and its points' configurations; points of an earlier sweep here stay known."""
     path = directory / "manifest.json"
     known = json.loads(path.read_text())["points"] if path.exists() else {}
-    now = {each.name: {"fingerprint": each.fingerprint, "identity": each.identity} for each in every}
+    now = {
+        each.name: {
+            "fingerprint": each.fingerprint,
+            "identity": each.identity,
+            "test": [each.test, each.test_examples],
+        }
+        for each in every
+    }
     others = [name for name in known if name not in now]
     if others:
         LOG.info(

@@ -52,7 +52,7 @@ def make_lines(rows: Sequence[Row]) -> list[Line]:
         if row.baseline:
             lines.append(_line(row, row.baseline, AS_CONFIGURED, False))
         lines += [_line(row, result, AS_CONFIGURED, result.cell in best) for result in row.cells]
-        lines += [_line(row, result, EQUAL_COMPUTE, True) for result in row.scaled.values()]
+        lines += [_line(row, result, EQUAL_COMPUTE, True) for result in (row.scaled or {}).values()]
     return lines
 
 
@@ -60,8 +60,7 @@ def _line(row: Row, result: CellResult, budget: str, best: bool) -> Line:
     is_baseline = result is row.baseline
     difference, p, pairs = math.nan, math.nan, 0
     if row.baseline and not is_baseline:
-        tested = result.test.n > 0 and row.baseline.test.n > 0
-        ours, theirs = (result.test, row.baseline.test) if tested else (result.dev, row.baseline.dev)
+        ours, theirs = (result.test, row.baseline.test) if row.tested else (result.dev, row.baseline.dev)
         difference, p, pairs = (
             (found := paired(ours, theirs, higher_is_better(row.metric))).difference,
             found.p,
@@ -79,18 +78,21 @@ def warnings(rows: Sequence[Row]) -> list[str]:
     """What makes the comparison less than it seems."""
     found = []
     for row in rows:
-        where = f"{row.name}: " if row.name else ""
-        cells = [*([row.baseline] if row.baseline else []), *row.cells, *row.scaled.values()]
+        where, scaled = f"{row.name}: " if row.name else "", row.scaled or {}
+        cells = [*([row.baseline] if row.baseline else []), *row.cells, *scaled.values()]
         lacking = {result.cell: result for result in cells if result.missing}
         for result in lacking.values():
             name = " ".join(filter(None, [result.cell.variant, result.cell.label])) or "the runs"
             seeds = f"seed{'s' * (len(result.missing) > 1)} {', '.join(map(str, result.missing))}"
             found.append(f"{where}{name} has no number for {seeds}: its mean is over fewer runs than others'")
-        for cell, result in row.scaled.items():
+        for cell, result in scaled.items():
             if result.cell == cell and row.baseline:
                 found.append(
                     f"{where}{cell.variant} takes the baseline's FLOPs to within 1%: equal compute is the same runs"
                 )
+        lacking_compute = [best.cell for best in row.best_cells if row.scaled is not None and best.cell not in scaled]
+        for cell in lacking_compute:
+            found.append(f"{where}{cell.variant} has no run at equal compute yet, or its FLOPs are not recorded")
     return found
 
 
@@ -98,7 +100,7 @@ def number(mean: float, std: float, higher: bool) -> str:
     """Mean and standard deviation; shares in percent."""
     if math.isnan(mean):
         return "–"
-    factor, digits = (100.0, 2) if higher else (1.0, 4)
+    factor, digits = (100.0, 2) if higher else (1.0, 2 if abs(mean) >= 10 else 4)
     spread = "" if math.isnan(std) else f" ± {factor * std:.{digits}f}"
     return f"{factor * mean:.{digits}f}{spread}"
 
@@ -106,7 +108,7 @@ def number(mean: float, std: float, higher: bool) -> str:
 def signed(difference: float, higher: bool) -> str:
     if math.isnan(difference):
         return "–"
-    return f"{100 * difference:+.2f}" if higher else f"{difference:+.4f}"
+    return f"{100 * difference:+.2f}" if higher else f"{difference:+.{2 if abs(difference) >= 10 else 4}f}"
 
 
 def probability(p: float) -> str:

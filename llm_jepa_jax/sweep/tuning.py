@@ -111,8 +111,15 @@ def against_the_grid(directory: pathlib.Path, rows: Sequence[comparison.Row], me
         runs = f"{entry['runs']} of the grid's {entry['grid_runs']} runs"
         line = f"tuned {entry['variant'] or 'setting'}: {chosen.cell.label}, by {runs}"
         if sum(len(c.outcomes) for c in mine) == entry["grid_runs"] and not any(c.missing for c in mine):
-            factor, unit = (100.0, " points") if higher else (1.0, "")
-            behind = abs(best.dev.mean - chosen.dev.mean) * factor
-            line += f"; the whole grid's best is {best.cell.label}, {behind:.2f}{unit} better on dev"
+            line += f"; {_behind(chosen, best, higher)}"
         lines.append(line + ".")
     return lines
+
+
+def _behind(chosen: comparison.CellResult, best: comparison.CellResult, higher: bool) -> str:
+    """The tuner's setting beside the whole grid's best."""
+    if chosen is best:
+        return "it is the whole grid's best"
+    factor, unit = (100.0, " points") if higher else (1.0, "")
+    behind = abs(best.dev.mean - chosen.dev.mean) * factor
+    return f"the whole grid's best is {best.cell.label}, {behind:.2f}{unit} better on dev"
