@@ -73,7 +73,8 @@ def test_random_settings_are_the_same_ones_every_time():
 def test_presets_expand_and_survive_json(path, tmp_path):
     spec = load(str(path))
     assert from_mapping(json.loads(json.dumps(spec.to_json())), "again") == spec
-    assert len(points(spec, tmp_path)) == len(spec.rows) * (1 + len(spec.variants)) * 5
+    cells = (spec.baseline is not None) + len(spec.variants) * max(1, len(spec.all_settings()))
+    assert len(points(spec, tmp_path)) == len(spec.rows) * cells * 5
 
 
 @pytest.mark.parametrize(
