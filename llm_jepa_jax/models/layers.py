@@ -217,7 +217,8 @@ class Block(DecoderModule):
         config, windowed = self.config, _windowed(self.config, carry.layer)
         query_RxLxHxh, key_RxLxKxh, value_RxLxKxh = self._projected(normed_RxLxD)
         with jax.named_scope("rope"):
-            query_RxLxHxh, key_RxLxKxh = _rotated(query_RxLxHxh, key_RxLxKxh, tables, windowed)
+            on_tpu = self.attention == "splash"
+            query_RxLxHxh, key_RxLxKxh = _rotated(query_RxLxHxh, key_RxLxKxh, tables, windowed, on_tpu)
         if config.score_width:
             query_RxLxHxh = query_RxLxHxh * (config.head_dim / config.score_width) ** 0.5
         cache, cap = carry.cache, config.attention_soft_cap
@@ -315,9 +316,11 @@ def _windowed(config: ModelConfig, layer: jax.Array) -> jax.Array | None:
     return jnp.asarray(local_N)[layer]
 
 
-def _rotated(query: jax.Array, key: jax.Array, tables: Any, windowed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _rotated(
+    query: jax.Array, key: jax.Array, tables: Any, windowed: jax.Array | None, on_tpu: bool
+) -> tuple[jax.Array, jax.Array]:
     """Queries and keys after the rotation of their layer."""
     chosen, local = tables
     if local is not None:
         chosen = local if windowed is None else jax.tree.map(lambda a, b: jnp.where(windowed, a, b), local, chosen)
-    return apply_rotary(query, chosen), apply_rotary(key, chosen)
+    return apply_rotary(query, chosen, on_tpu), apply_rotary(key, chosen, on_tpu)
