@@ -14,7 +14,7 @@ import pytest
 from llm_jepa_jax.config import ModelConfig, RopeScalingConfig, freeze
 from llm_jepa_jax.models.attention import xla
 from llm_jepa_jax.models.families.registry import family_of
-from llm_jepa_jax.models.ops import linear, rotary_frequencies
+from llm_jepa_jax.models.ops import apply_rotary, linear, rms_norm, rotary_frequencies
 from llm_jepa_jax.models.transformer import (
     abstract_params,
     count_params,
@@ -150,6 +150,47 @@ def test_cached_decoding_equals_the_full_forward():
             np.testing.assert_allclose(hidden[row], whole[row][slot - 1 - first[row]], atol=1e-5)
         if slot < 24:
             hidden, cache = step(tokens[:, slot], slot, cache)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rotated", [16, 8])
+def test_rotation_by_a_product_is_that_by_halves(dtype, rotated):
+    """Value and gradient to the last bit, of whole heads and of a part; and the gradient is that of the formula."""
+    x_key, angle_key, grad_key = jax.random.split(jax.random.key(0), 3)
+    x_RxLxHxh = jax.random.normal(x_key, (2, 5, 3, 16)).astype(dtype)
+    grad_RxLxHxh = jax.random.normal(grad_key, x_RxLxHxh.shape).astype(dtype)
+    angles = jax.random.normal(angle_key, (2, 5, rotated // 2))
+    tables = jnp.cos(angles), jnp.sin(angles)
+
+    def formula(x):
+        cos, sin = (table[:, :, None, :] for table in tables)
+        first, second, rest = jnp.split(x.astype(jnp.float32), (rotated // 2, rotated), axis=-1)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(dtype)
+
+    def both(rotate):
+        out, pull = jax.vjp(rotate, x_RxLxHxh)
+        return out, pull(grad_RxLxHxh)[0]
+
+    expected = both(formula)
+    for by_product in (False, True):
+        found = both(lambda x, by_product=by_product: apply_rotary(x, tables, by_product))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_norm_keeps_its_gradient_out_of_the_product_before_it():
+    """The barrier is in the gradient alone, and changes no number of it."""
+    x, scale = jax.random.normal(jax.random.key(0), (4, 16)), jnp.full((16,), 1.5)
+
+    def plain(x):
+        return scale * x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+
+    def loss(norm, x):
+        return jnp.sum(jnp.sin(norm(x)))
+
+    fenced = functools.partial(loss, lambda x: rms_norm(x, scale, 1e-5))
+    np.testing.assert_allclose(jax.grad(fenced)(x), jax.grad(functools.partial(loss, plain))(x), rtol=1e-5, atol=1e-6)
+    assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(fenced))(x))
+    assert "optimization_barrier" not in str(jax.make_jaxpr(fenced)(x))
 
 
 def test_llama31_frequencies_follow_the_published_rule():

@@ -200,6 +200,16 @@ def test_cycles_of_loops_and_hidden_exchanges_add_up():
     assert work.hbm_bytes(module, entry, entry.by_name["sum"]) == 3 * 8 * 16 * 2  # a slice of the stack, not the stack
 
 
+def test_reserved_memory_is_no_work():
+    """The stacks of a loop begin as memory that nobody has written; a kernel's result is written."""
+    line = '  %it = bf16[32,8192,4096]{2,1,0} custom-call(), custom_call_target="AllocateBuffer", backend_config={}'
+    text = TPU_TEXT.replace("  %zero = s32[] constant(0)", f"  %zero = s32[] constant(0)\n{line}")
+    for found, num_bytes in ((text, 0), (text.replace("AllocateBuffer", "tpu_custom_call"), 32 * 8192 * 4096 * 2)):
+        module = hlo.parse(found)
+        entry = module.computations["main"]
+        assert work.hbm_bytes(module, entry, entry.by_name["it"]) == num_bytes
+
+
 def test_exchanges_take_their_bytes_over_the_links_of_their_axis():
     topology = parse_topology("v5p:4x4x4")
     places = [(0, x, y, z) for x in range(4) for y in range(4) for z in range(4)]

@@ -13,6 +13,8 @@ FREE = {
     "optimization-barrier", "opt-barrier",
 }  # fmt: skip
 """They move nothing."""
+NOTHING_MOVED = re.compile(r'custom_call_target="(AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast)"')
+"""Calls that give memory a name: what they return is written by others, or lies there already."""
 GROUPS_OF_MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*(?:\([\d,]*\))?)\))? \{([^}]*)\}"
 )
@@ -181,7 +183,7 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
     """Bytes read from and written to HBM: operands and results, of large arrays only the slices that are touched."""
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0.0
-    if instruction.opcode in ("while", "conditional", "call"):
+    if instruction.opcode in ("while", "conditional", "call") or NOTHING_MOVED.search(instruction.rest):
         return 0.0
     operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
     if instruction.opcode == "fusion":
