@@ -17,6 +17,24 @@ from llm_jepa_jax.models.quantized import Weight, whole
 from llm_jepa_jax.models.symbolic import filled, known
 
 
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Root-mean-square norm over the axes of `scale`, the last of `x` (Zhang & Sennrich, 2019).
+
+    float32 inside, the type of `x` outside.
+    """
+    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + epsilon)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    """Layer norm over the axes of `scale`, the last of `x` (Ba et al., 2016); types as in `rms_norm`."""
+    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
+    centred = wide - jnp.mean(wide, axis=axes, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=axes, keepdims=True) + epsilon)
+    return (normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 @jax.custom_vjp
 def fenced(x: jax.Array) -> jax.Array:
     """`x`, whose gradient the compiler makes before it goes on: nothing behind it is fused into what computes it.
@@ -29,24 +47,6 @@ def fenced(x: jax.Array) -> jax.Array:
 
 
 fenced.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm over the axes of `scale`, the last of `x` (Zhang & Sennrich, 2019).
-
-    float32 inside, the type of `x` outside.
-    """
-    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=axes, keepdims=True) + epsilon)
-    return fenced((normed * scale.astype(jnp.float32)).astype(x.dtype))
-
-
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """Layer norm over the axes of `scale`, the last of `x` (Ba et al., 2016); types as in `rms_norm`."""
-    wide, axes = x.astype(jnp.float32), tuple(range(-scale.ndim, 0))
-    centred = wide - jnp.mean(wide, axis=axes, keepdims=True)
-    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=axes, keepdims=True) + epsilon)
-    return fenced((normed * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype))
 
 
 def rotary_frequencies(config: ModelConfig, local: bool = False) -> np.ndarray:
