@@ -68,6 +68,28 @@ def _inside(module: Module, computation: Computation, num_devices: int) -> Colle
     return next((collective for collective in found if collective), None)
 
 
+CHANNEL = re.compile(r"channel_id=(\d+)")
+STAGE = re.compile(r'custom_call_target="AsyncCollective(Start|Done)"')
+
+
+def stage_of(module: Module, fusion: Instruction) -> tuple[str, str] | None:
+    """The stage of an exchange that a TPU program drives from several fusions, and the channel of the exchange.
+
+    Its `Start`, its `Done`, or a `Step`: a fusion that computes something else meanwhile. Each repeats the exchange's
+    instruction. None where there is no exchange inside. An exchange that is whole in one fusion looks like a step whose
+    channel nobody has started.
+    """
+    if fusion.opcode != "fusion":
+        return None
+    inside = module.computations[fusion.called["calls"]].instructions
+    channels = (CHANNEL.search(each.rest) for each in inside if each.opcode in COLLECTIVES)
+    channel = next((found.group(1) for found in channels if found), None)
+    if channel is None:
+        return None
+    stages = (STAGE.search(each.rest) for each in inside)
+    return next((found.group(1) for found in stages if found), "Step"), channel
+
+
 def replica_groups(text: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
     """Groups of devices, in any of the forms that XLA writes; all devices together where none is given."""
     mesh = GROUPS_OF_MESH.search(text)
