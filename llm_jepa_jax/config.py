@@ -261,6 +261,12 @@ class TrainConfig:
     )
     profile_start: int = key(0, "first step of a profiler trace into `profile/`; 0: off", "step")
     profile_steps: int = key(3, "length of the profiler trace", "steps")
+    compiler_options: str = key(
+        "auto",
+        "`auto` compiles the step with XLA's options for the kind of device (`parallel/compiler_options.py`; CPUs have "
+        "none), `none` without",
+        choices=("auto", "none"),
+    )
     compile_cache: str = key("~/.cache/llm_jepa_jax/xla", "directory of XLA's persistent compile cache; empty: off")
 
 

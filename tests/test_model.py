@@ -14,7 +14,7 @@ import pytest
 from llm_jepa_jax.config import ModelConfig, RopeScalingConfig, freeze
 from llm_jepa_jax.models.attention import xla
 from llm_jepa_jax.models.families.registry import family_of
-from llm_jepa_jax.models.ops import linear, rotary_frequencies
+from llm_jepa_jax.models.ops import apply_rotary, fenced, linear, rotary_frequencies
 from llm_jepa_jax.models.transformer import (
     abstract_params,
     count_params,
@@ -150,6 +150,48 @@ def test_cached_decoding_equals_the_full_forward():
             np.testing.assert_allclose(hidden[row], whole[row][slot - 1 - first[row]], atol=1e-5)
         if slot < 24:
             hidden, cache = step(tokens[:, slot], slot, cache)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rotated", [16, 8])
+def test_rotation_by_a_product_is_that_by_halves(dtype, rotated):
+    """Value and gradient to the last bit, of whole heads and of a part; and the gradient is that of the formula."""
+    x_key, angle_key, grad_key = jax.random.split(jax.random.key(0), 3)
+    x_RxLxHxh = jax.random.normal(x_key, (2, 5, 3, 16)).astype(dtype)
+    grad_RxLxHxh = jax.random.normal(grad_key, x_RxLxHxh.shape).astype(dtype)
+    angles = jax.random.normal(angle_key, (2, 5, rotated // 2))
+    tables = jnp.cos(angles), jnp.sin(angles)
+
+    def formula(x):
+        cos, sin = (table[:, :, None, :] for table in tables)
+        first, second, rest = jnp.split(x.astype(jnp.float32), (rotated // 2, rotated), axis=-1)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(dtype)
+
+    def both(rotate):
+        out, pull = jax.vjp(rotate, x_RxLxHxh)
+        return out, pull(grad_RxLxHxh)[0]
+
+    expected = both(formula)
+    for by_product in (False, True):
+        found = both(lambda x, by_product=by_product: apply_rotary(x, tables, by_product))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_on_tpus_a_norm_keeps_its_gradient_out_of_the_product_before_it():
+    """The barrier is in the gradient alone, changes no number of it, and is not where XLA computes attention."""
+    x = jax.random.normal(jax.random.key(0), (4, 16))
+    expected, found = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (lambda x: x, fenced))
+    np.testing.assert_array_equal(found, expected)
+    config = dataclasses.replace(CONFIG, head_dim=64)
+    shapes, tokens = abstract_params(config, jnp.float32)[0], jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+    def loss(params, tokens, backend):
+        return forward(params, config, tokens, tokens, tokens, dtype=jnp.float32, attention=backend).sum()
+
+    for backend in ("splash", "xla"):
+        of = functools.partial(loss, backend=backend)
+        assert "optimization_barrier" not in str(jax.make_jaxpr(of)(shapes, tokens))
+        assert ("optimization_barrier" in str(jax.make_jaxpr(jax.grad(of))(shapes, tokens))) == (backend == "splash")
 
 
 def test_llama31_frequencies_follow_the_published_rule():

@@ -142,64 +142,6 @@ def test_replica_groups_in_every_form(text, groups):
     assert {tuple(sorted(group)) for group in work.replica_groups(text, 4)} == set(groups)
 
 
-TPU_TEXT = """HloModule jit_f, is_scheduled=true
-
-%fused (param_0.1: bf16[8,16], param_1.1: bf16[32,8,16]) -> bf16[8,16] {
-  %param_0.1 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
-  %param_1.1 = bf16[32,8,16]{2,1,0} parameter(1)
-  %constant.3 = s32[] constant(0)
-  %dynamic-slice.1 = bf16[1,8,16]{2,1,0} dynamic-slice(%param_1.1, %constant.3), dynamic_slice_sizes={1,8,16}
-  %bitcast.1 = bf16[8,16]{1,0} bitcast(%dynamic-slice.1)
-  ROOT %add.1 = bf16[8,16]{1,0} add(%param_0.1, %bitcast.1)
-}
-
-%body (loop: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
-  %loop = (s32[]{:T(128)}, bf16[8,16]{1,0}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%loop), index=0
-  %x = bf16[8,16]{1,0} get-tuple-element(%loop), index=1
-  %gather-start = (bf16[8,16]{1,0}, bf16[32,16]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4], dimensions={0}
-  %work = bf16[8,16]{1,0} negate(%x), backend_config={"window_config":{"estimated_cycles":"1750000"}}
-  %gather-done = bf16[32,16]{1,0} all-gather-done(%gather-start)
-  ROOT %next = (s32[], bf16[8,16]{1,0}) tuple(%i, %work)
-}
-
-%condition (state: (s32[], bf16[8,16])) -> pred[] {
-  %state = (s32[]{:T(128)}, bf16[8,16]{1,0}) parameter(0)
-  %counter = s32[]{:T(128)} get-tuple-element(%state), index=0
-  %limit = s32[]{:T(128)} constant(3)
-  ROOT %less = pred[]{:T(512)} compare(%counter, %limit), direction=LT
-}
-
-ENTRY %main (p0: bf16[8,16], p1: bf16[32,8,16]) -> bf16[8,16] {
-  %p0 = bf16[8,16]{1,0} parameter(0)
-  %p1 = bf16[32,8,16]{2,1,0} parameter(1)
-  %zero = s32[] constant(0)
-  %start = (s32[], bf16[8,16]{1,0}) tuple(%zero, %p0)
-  %loop.1 = (s32[], bf16[8,16]{1,0}) while(%start), condition=%condition, body=%body, frontend_attributes={note={
-"a": "spelled over lines"
-}}, metadata={op_name="jit(f)/while"}
-  %y = bf16[8,16]{1,0} get-tuple-element(%loop.1), index=1
-  ROOT %sum = bf16[8,16]{1,0} fusion(%y, %p1), calls=%fused, backend_config={"window_config":{"estimated_cycles":"175"}}
-}
-"""
-
-
-def test_cycles_of_loops_and_hidden_exchanges_add_up():
-    """A TPU program: three turns of a millisecond each, in which a gather hides."""
-    from llm_jepa_jax.plan.schedule import Walk
-
-    module, topology = hlo.parse(TPU_TEXT), parse_topology("v5p:2x2x1")
-    links = Links(topology, {"fsdp": 4}, [(0, 0, 0, 0), (0, 0, 1, 0), (0, 1, 0, 0), (0, 1, 1, 0)])
-    timeline = Walk(module, topology.chip, links, 4, 0, lambda loop: None).run()
-    assert timeline.compute == pytest.approx(3e-3 + 1e-7)
-    assert timeline.exposed == 0 and timeline.hidden > 0
-    ((axes, name, kind), traffic) = next(iter(timeline.traffic.items()))
-    assert (axes, kind, traffic.count, traffic.num_bytes) == (("fsdp",), "all-gather", 3, 3 * 32 * 16 * 2)
-    assert name == "ICI row of 2 x row of 2"
-    entry = module.computations["main"]
-    assert work.hbm_bytes(module, entry, entry.by_name["sum"]) == 3 * 8 * 16 * 2  # a slice of the stack, not the stack
-
-
 def test_exchanges_take_their_bytes_over_the_links_of_their_axis():
     topology = parse_topology("v5p:4x4x4")
     places = [(0, x, y, z) for x in range(4) for y in range(4) for z in range(4)]

@@ -21,6 +21,7 @@ from llm_jepa_jax.models.ops import (
     Adapter,
     adapter_names,
     apply_rotary,
+    fenced,
     layer_norm,
     linear,
     rms_norm,
@@ -197,8 +198,15 @@ class Block(DecoderModule):
             hidden_RxLxD = constrain(hidden_RxLxD + inner, "rows", "length", "embed")
         return self._carried(carry, hidden_RxLxD, cache), kept
 
+    @property
+    def _on_tpu(self) -> bool:
+        """TPUs have their own kernel of attention, and want other forms of the same arithmetic around it."""
+        return self.attention == "splash"
+
     def _before(self, name: str, x: jax.Array) -> jax.Array:
-        return x if self.config.norm_placement == "post" else self.norm(name, x.shape[-1])(x)
+        """What products read: the norm of `x`, where norms come first."""
+        normed = x if self.config.norm_placement == "post" else self.norm(name, x.shape[-1])(x)
+        return fenced(normed) if self._on_tpu else normed
 
     def _after(self, name: str, x: jax.Array) -> jax.Array:
         return x if self.config.norm_placement == "pre" else self.norm(name, x.shape[-1])(x)
@@ -217,7 +225,7 @@ class Block(DecoderModule):
         config, windowed = self.config, _windowed(self.config, carry.layer)
         query_RxLxHxh, key_RxLxKxh, value_RxLxKxh = self._projected(normed_RxLxD)
         with jax.named_scope("rope"):
-            query_RxLxHxh, key_RxLxKxh = _rotated(query_RxLxHxh, key_RxLxKxh, tables, windowed)
+            query_RxLxHxh, key_RxLxKxh = _rotated(query_RxLxHxh, key_RxLxKxh, tables, windowed, self._on_tpu)
         if config.score_width:
             query_RxLxHxh = query_RxLxHxh * (config.head_dim / config.score_width) ** 0.5
         cache, cap = carry.cache, config.attention_soft_cap
@@ -272,7 +280,7 @@ class ParallelBlock(Block):
     def __call__(
         self, carry: Carry, tables: Any, layout: Layout | None, decoding: Decoding | None
     ) -> tuple[Carry, Any]:
-        normed = self.norm("norm", self.config.embed_dim)(carry.hidden_RxLxD)
+        normed = self._before("norm", carry.hidden_RxLxD)
         with jax.named_scope("attention"):
             mixed, cache, kept = self._attention(normed, carry, tables, layout, decoding)
         with jax.named_scope("mlp"):
@@ -315,9 +323,11 @@ def _windowed(config: ModelConfig, layer: jax.Array) -> jax.Array | None:
     return jnp.asarray(local_N)[layer]
 
 
-def _rotated(query: jax.Array, key: jax.Array, tables: Any, windowed: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _rotated(
+    query: jax.Array, key: jax.Array, tables: Any, windowed: jax.Array | None, on_tpu: bool
+) -> tuple[jax.Array, jax.Array]:
     """Queries and keys after the rotation of their layer."""
     chosen, local = tables
     if local is not None:
         chosen = local if windowed is None else jax.tree.map(lambda a, b: jnp.where(windowed, a, b), local, chosen)
-    return apply_rotary(query, chosen), apply_rotary(key, chosen)
+    return apply_rotary(query, chosen, on_tpu), apply_rotary(key, chosen, on_tpu)

@@ -144,7 +144,7 @@ def _local(
     of_head = grads[1:]
     if sharded and of_head:
         dbias_V = jax.tree.map(lambda grad: jax.lax.psum(grad, ACTIVATION_RULES["rows"]), of_head[1])
-        of_head = [_over_rows(of_head[0]), dbias_V]
+        of_head = [_over_rows(of_head[0].astype(hidden_NxD.dtype)), dbias_V]
     return total, *dhidden, *of_head
 
 
@@ -208,6 +208,6 @@ def _over_vocabulary(collective: Any, value: jax.Array, sharded: bool) -> jax.Ar
 
 
 def _over_rows(dhead_DxV: jax.Array) -> jax.Array:
-    """The head's gradient over all rows, each device keeping what it stores of it."""
+    """The head's gradient over all rows, in the compute type as those of layers; a device keeps what it stores."""
     dhead_DxV = jax.lax.psum(dhead_DxV, "data")
     return jax.lax.psum_scatter(dhead_DxV, PARAMETER_RULES["embed"], scatter_dimension=0, tiled=True)

@@ -2,8 +2,8 @@
 """The compiled program walked in the order of its schedule: how long a step takes, by the compiler's own cycles.
 
 An instruction takes the core for its estimated cycles. An exchange between devices takes the links for its bytes; one
-that is started and awaited apart hides behind what the core does in between, any other makes it wait. Loops count as
-often as they run.
+that is started and awaited apart hides behind what the core does in between, one that fusions drive step by step behind
+those fusions alone, and any other makes it wait. Loops count as often as they run.
 """
 
 import collections
@@ -14,7 +14,7 @@ from llm_jepa_jax.plan.chips import Chip
 from llm_jepa_jax.plan.hlo import Computation, Instruction, Module
 from llm_jepa_jax.plan.kernels import IS_KERNEL, attention_kernel
 from llm_jepa_jax.plan.links import Links
-from llm_jepa_jax.plan.work import FREE, Collective, collective_of, hbm_bytes, product_flops
+from llm_jepa_jax.plan.work import FREE, Collective, collective_of, hbm_bytes, product_flops, stage_of
 
 Trips = Callable[[Instruction], int | None]
 """How often a loop runs whose text does not say: None where nobody knows, and then once."""
@@ -92,6 +92,7 @@ class Walk:
     def _computation(self, computation: Computation, times: int) -> None:
         """Walks it once and counts it `times` times."""
         pending: dict[str, tuple[float, tuple[tuple[str, ...], str, str]]] = {}
+        driven: dict[str, tuple[float, tuple[tuple[str, ...], str, str]]] = {}
         for instruction in computation.instructions:
             if instruction.opcode in FREE:
                 continue
@@ -102,6 +103,8 @@ class Walk:
                 self._nested(instruction, times)
                 continue
             collective = collective_of(self._module, instruction, self._num_devices)
+            if collective and self._drive(computation, instruction, collective, driven, times):
+                continue
             if collective:
                 self._exchange(computation, instruction, collective, pending, times)
             else:
@@ -160,6 +163,40 @@ class Walk:
             return 0.0
         return moved / self._chip.hbm_bandwidth
 
+    def _drive(
+        self,
+        computation: Computation,
+        instruction: Instruction,
+        collective: Collective,
+        driven: dict[str, tuple[float, tuple[tuple[str, ...], str, str]]],
+        times: int,
+    ) -> bool:
+        """A stage of an exchange that several fusions drive; whether it was one. `driven`: seconds left, by channel."""
+        stage, channel = stage_of(self._module, instruction) or ("", "")
+        if stage == "Start":
+            seconds, key = self._count(collective, times)
+            driven[channel] = max(0.0, self._link_free - self._now) + seconds, key
+        elif channel not in driven:
+            return False
+        elif stage == "Step":
+            left, key = driven[channel]
+            driven[channel] = max(0.0, left - self._core(computation, instruction, times)), key
+        else:
+            left, key = driven.pop(channel)
+            self._wait(self._now + left, key, times)
+        return True
+
+    def _count(self, collective: Collective, times: int) -> tuple[float, tuple[tuple[str, ...], str, str]]:
+        """Adds an exchange to the traffic: its seconds, and where it is counted."""
+        seconds = self._links.seconds(collective)
+        route = self._links.route(max(collective.groups, key=len))
+        key = (route.axes, route.name, collective.kind)
+        traffic = self.timeline.traffic[key]
+        traffic.num_bytes += times * collective.num_bytes
+        traffic.seconds += times * seconds
+        traffic.count += times
+        return seconds, key
+
     def _exchange(
         self,
         computation: Computation,
@@ -168,13 +205,7 @@ class Walk:
         pending: dict[str, tuple[float, tuple[tuple[str, ...], str, str]]],
         times: int,
     ) -> None:
-        seconds = self._links.seconds(collective)
-        route = self._links.route(max(collective.groups, key=len))
-        key = (route.axes, route.name, collective.kind)
-        traffic = self.timeline.traffic[key]
-        traffic.num_bytes += times * collective.num_bytes
-        traffic.seconds += times * seconds
-        traffic.count += times
+        seconds, key = self._count(collective, times)
         begun = max(self._now, self._link_free)
         self._link_free = begun + seconds
         if instruction.opcode.endswith("-start"):

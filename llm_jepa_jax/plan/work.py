@@ -13,6 +13,8 @@ FREE = {
     "optimization-barrier", "opt-barrier",
 }  # fmt: skip
 """They move nothing."""
+NOTHING_MOVED = re.compile(r'custom_call_target="(AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast)"')
+"""Calls that give memory a name: what they return is written by others, or lies there already."""
 GROUPS_OF_MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*(?:\([\d,]*\))?)\))? \{([^}]*)\}"
 )
@@ -64,6 +66,28 @@ def collective_of(module: Module, instruction: Instruction, num_devices: int) ->
 def _inside(module: Module, computation: Computation, num_devices: int) -> Collective | None:
     found = (collective_of(module, instruction, num_devices) for instruction in computation.instructions)
     return next((collective for collective in found if collective), None)
+
+
+CHANNEL = re.compile(r"channel_id=(\d+)")
+STAGE = re.compile(r'custom_call_target="AsyncCollective(Start|Done)"')
+
+
+def stage_of(module: Module, fusion: Instruction) -> tuple[str, str] | None:
+    """The stage of an exchange that a TPU program drives from several fusions, and the channel of the exchange.
+
+    Its `Start`, its `Done`, or a `Step`: a fusion that computes something else meanwhile. Each repeats the exchange's
+    instruction. None where there is no exchange inside. An exchange that is whole in one fusion looks like a step whose
+    channel nobody has started.
+    """
+    if fusion.opcode != "fusion":
+        return None
+    inside = module.computations[fusion.called["calls"]].instructions
+    channels = (CHANNEL.search(each.rest) for each in inside if each.opcode in COLLECTIVES)
+    channel = next((found.group(1) for found in channels if found), None)
+    if channel is None:
+        return None
+    stages = (STAGE.search(each.rest) for each in inside)
+    return next((found.group(1) for found in stages if found), "Step"), channel
 
 
 def replica_groups(text: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
@@ -181,7 +205,7 @@ def hbm_bytes(module: Module, computation: Computation, instruction: Instruction
     """Bytes read from and written to HBM: operands and results, of large arrays only the slices that are touched."""
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0.0
-    if instruction.opcode in ("while", "conditional", "call"):
+    if instruction.opcode in ("while", "conditional", "call") or NOTHING_MOVED.search(instruction.rest):
         return 0.0
     operands = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
     if instruction.opcode == "fusion":

@@ -20,6 +20,7 @@ from llm_jepa_jax.objectives.jepa import pair_embeddings
 from llm_jepa_jax.objectives.parameters import abstract_parameters
 from llm_jepa_jax.objectives.term import Inputs
 from llm_jepa_jax.objectives.total import enabled, term_scales, term_weights, total_loss, wanted_states
+from llm_jepa_jax.parallel.compiler_options import compiler_options
 from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, is_axes, parameter_spec, replicated, rows_sharding
 from llm_jepa_jax.resolve import attention_backend
 from llm_jepa_jax.train.optimizer import learning_rate
@@ -246,4 +247,5 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(shardings, rows_sharding(mesh)),
         out_shardings=(shardings, everywhere),
+        compiler_options=compiler_options(config, mesh),
     )

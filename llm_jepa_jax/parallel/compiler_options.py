@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""XLA's options for the training step, by kind of device, as data. `train.compiler_options=none` leaves them all out.
+
+What each does was seen in programs compiled ahead of time (libtpu 0.0.42; docs/planning.md has the numbers) or is what
+the compilers' own users publish: MaxText's `xla_flags_library.py` for TPUs, JAX's GPU performance guide for GPUs.
+"""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llm_jepa_jax.config import Config
+
+Options = dict[str, bool | int | str]
+
+ASYNCHRONOUS: Options = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+"""Gathers go on while products run."""
+SCATTERED: Options = {
+    "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
+    "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": 1,
+    "xla_tpu_assign_all_reduce_scatter_layout": True,
+}
+"""Sums of gradients of which a device keeps a part are scattered, not reduced whole."""
+
+TPU: dict[str, Options] = {
+    "TPU v4": ASYNCHRONOUS | SCATTERED,
+    "TPU v5 lite": ASYNCHRONOUS | SCATTERED,
+    "TPU v5": ASYNCHRONOUS | SCATTERED,
+    "TPU v6 lite": ASYNCHRONOUS | SCATTERED | {"xla_tpu_scoped_vmem_limit_kib": 65536},
+    "TPU7x": ASYNCHRONOUS | SCATTERED,
+}
+"""By what JAX calls the kind of device: v4, v5e, v5p, v6e and tpu7x."""
+GPU: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
+"""Exchanges are started early and awaited late."""
+
+
+def compiler_options(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """The options that the step is compiled with on the devices of a mesh; none for CPUs."""
+    if config.train.compiler_options == "none":
+        return {}
+    device = mesh.devices.flat[0]
+    return dict(GPU) if device.platform in ("gpu", "cuda", "rocm") else dict(TPU.get(device.device_kind, {}))
