@@ -17,8 +17,6 @@ from llm_jepa_jax.plan.memory import Memory, state_bytes
 from llm_jepa_jax.plan.schedule import Timeline, Traffic
 from llm_jepa_jax.plan.topology import Topology
 
-PRODUCT_SHARE = 0.75
-"""Share of the peak that large matrix products reach in compiled steps (v5p: 0.7 to 0.87 by the compiler's cycles)."""
 ELEMENTWISE = 40
 """How often a block, forward and backward, reads or writes an array of the residual stream's size."""
 LIVE_LAYERS = 2
@@ -96,7 +94,8 @@ def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Link
     head = 2.0 * num_products * size.targets * model.embed_dim * model.vocab_size / size.tensor
     timeline.product_flops = size.parts * (layers + head)
     block = block_sizes(shape.length, shape.longest_segment).block_q if shape.length % 128 == 0 else 64
-    pairs = size.rows * model.num_heads / size.tensor * visited(shape.length, shape.longest_segment, block)
+    seen = shape.longest_segment if chip.attention.skips_segments else shape.length
+    pairs = size.rows * model.num_heads / size.tensor * visited(shape.length, seen, block)
     kept = remat == "none" or (remat != "full" and chip.platform == "tpu")
     passes = {"fwd": 2.0 if kept else 4.0, "bwd": 7.0}
     kernels = {name: 2.0 * model.head_dim * pairs * products * model.num_layers for name, products in passes.items()}
@@ -109,7 +108,7 @@ def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Link
     timeline.hbm_bytes = size.parts * (elementwise + head_sums)
     if chip.peak:
         timeline.compute = (
-            timeline.product_flops / (chip.peak * PRODUCT_SHARE) + timeline.hbm_bytes / chip.hbm_bandwidth
+            timeline.product_flops / (chip.peak * chip.product_share) + timeline.hbm_bytes / chip.hbm_bandwidth
         )
         shares = (chip.attention.forward, chip.attention.backward)
         timeline.kernels = size.parts * sum(

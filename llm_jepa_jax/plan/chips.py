@@ -21,11 +21,13 @@ class Attention:
     libtpu 0.0.42's code (blocks of 512, heads of 128) a visited pair of blocks takes on v5p about 1,450 bundles in the
     forward pass, where the products alone take 1,024 cycles: 0.70; in the backward passes about 0.80. On v6e, whose
     units of 256 x 256 a head of 128 half fills, about 1,130 where products take 256: 0.23, and 0.30. Waits for memory
-    come on top.
+    come on top. On GPUs they were measured: JAX's Triton kernel on an H100, forward and backward, heads of 64, rows of 2,048
+    and of 4,096, reached 0.13 and 0.15, blocks of other segments counted, which it does not skip.
     """
 
     forward: float = 0.6
     backward: float = 0.65
+    skips_segments: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Chip:
     largest: int = 0
     """Chips of the largest slice."""
     attention: Attention = Attention()
+    product_share: float = 0.75
+    """Share of the peak that large matrix products reach, for arithmetic: 0.7 to 0.87 by the compiler's cycles on v5p;
+    on GPUs what a whole step of Llama 3.2 1B's shape left for them (H200, docs/performance.md)."""
     options: tuple[tuple[str, str], ...] = ()
     """What the topology description of the compiler needs besides the shape."""
 
@@ -66,6 +71,14 @@ class Chip:
 
 
 _LINK = 0.9e9 / 2  # bidirectional GB/s to usable one-way bytes/s
+
+
+def _gpu(name: str, hbm: float, peak: float, hbm_bandwidth: float, link: float, dcn: float) -> Chip:
+    return Chip(
+        name, "gpu", hbm, peak, hbm_bandwidth, link=link, dcn=dcn, node=8,
+        attention=Attention(0.14, 0.14, skips_segments=False), product_share=0.57,
+    )  # fmt: skip
+
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip
@@ -90,10 +103,10 @@ CHIPS: dict[str, Chip] = {
             "tpu7x", "tpu", 94.75 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, torus=3, link=1200 / 6 * _LINK,
             dcn=100e9 / 8 / 2, per_chip=2, node=8, largest=9216, attention=Attention(0.2, 0.27),
         ),
-        Chip("a100", "gpu", 76 * GIB, 312e12, 2039e9, link=300e9, dcn=25e9, node=8),
-        Chip("h100", "gpu", 76 * GIB, 989e12, 3350e9, link=450e9, dcn=50e9, node=8),
-        Chip("h200", "gpu", 134 * GIB, 989e12, 4800e9, link=450e9, dcn=50e9, node=8),
-        Chip("b200", "gpu", 171 * GIB, 2250e12, 8000e9, link=900e9, dcn=50e9, node=8),
+        _gpu("a100", 76 * GIB, 312e12, 2039e9, link=300e9, dcn=25e9),
+        _gpu("h100", 76 * GIB, 989e12, 3350e9, link=450e9, dcn=50e9),
+        _gpu("h200", 134 * GIB, 989e12, 4800e9, link=450e9, dcn=50e9),
+        _gpu("b200", 171 * GIB, 2250e12, 8000e9, link=900e9, dcn=50e9),
         Chip("cpu", "cpu", 0.0, 0.0, 0.0, node=1 << 20),
     )
 }  # fmt: skip
