@@ -21,8 +21,8 @@ class Attention:
     libtpu 0.0.42's code (blocks of 512, heads of 128) a visited pair of blocks takes on v5p about 1,450 bundles in the
     forward pass, where the products alone take 1,024 cycles: 0.70; in the backward passes about 0.80. On v6e, whose
     units of 256 x 256 a head of 128 half fills, about 1,130 where products take 256: 0.23, and 0.30. Waits for memory
-    come on top. On GPUs they were measured: JAX's Triton kernel on an H100, forward and backward, heads of 64, rows of 2,048
-    and of 4,096, reached 0.13 and 0.15, blocks of other segments counted, which it does not skip.
+    come on top. On GPUs they were measured: JAX's Triton kernel on an H100, forward and backward, heads of 64, rows of
+    2,048 and 4,096, reached 0.13 and 0.15, blocks of other segments counted, which it does not skip.
     """
 
     forward: float = 0.6
