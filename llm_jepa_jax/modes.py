@@ -74,7 +74,7 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, adapter=str(path)))
     start = open_initial(config)
     config = with_initial(config, start)
-    config = resolve(with_step(with_adapter(config, config.model), start), mesh.devices.shape)
+    config = resolve(with_step(with_adapter(config, config.model), start), mesh.shape)
     config = dataclasses.replace(config, data=absolute_paths(config.data))
     if config.eval.databases:
         databases = str(pathlib.Path(config.eval.databases).expanduser().absolute())

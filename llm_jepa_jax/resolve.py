@@ -2,7 +2,7 @@
 """Cross-field checks of a configuration: each failure names the key, its value and the fix."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
 from llm_jepa_jax.config import BY_LAYER, Config
@@ -114,8 +114,8 @@ KERNEL_BLOCK = 128
 """Rows are cut into blocks of this many tokens or a multiple."""
 
 
-def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
-    """The configuration after all cross-field checks that need no data, for a mesh of (data, fsdp, tensor).
+def resolve(config: Config, mesh_shape: Mapping[str, int]) -> Config:
+    """The configuration after all cross-field checks that need no data, on a mesh of these sizes (an axis left out: 1).
 
     Raises:
         UserError: a contradiction, with the key, its value and the fix.
@@ -317,11 +317,11 @@ def _contrasts(section: VectorsConfig) -> bool:
     return bool(section.weight) and section.distance == "infonce"
 
 
-def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:
+def _check_train(config: Config, mesh_shape: Mapping[str, int]) -> None:
     train, rows = config.train, config.data.rows_per_step
     if not train.num_steps and not train.num_epochs:
         fail("train.num_steps", 0, "and `train.num_epochs`=0 leave nothing to do; set one of them")
-    shards = mesh_shape[0] * mesh_shape[1]
+    shards = mesh_shape.get("data", 1) * mesh_shape.get("fsdp", 1)
     unit = shards * train.micro_batches
     if rows % unit:
         fail(
@@ -331,8 +331,8 @@ def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:
         )  # fmt: skip
 
 
-def _check_model(config: Config, mesh_shape: tuple[int, int, int]) -> None:
-    model, (_, fsdp, tensor) = config.model, mesh_shape
+def _check_model(config: Config, mesh_shape: Mapping[str, int]) -> None:
+    model, fsdp, tensor = config.model, mesh_shape.get("fsdp", 1), mesh_shape.get("tensor", 1)
     check_model(model)
     for by_layer, name in BY_LAYER.items():
         for size in getattr(model, by_layer) or (getattr(model, name),):

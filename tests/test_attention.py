@@ -262,7 +262,7 @@ def test_a_named_back_end_that_cannot_is_refused_with_the_fix():
         ),
     ):
         with pytest.raises(UserError) as caught:
-            resolve(config_of(**changes), (1, 1, 1))
+            resolve(config_of(**changes), {})
         assert f"`train.attention`={changes['attention']} {words}" in str(caught.value)
     segments = np.ones((1, 128), np.int32)
     arrays, _ = inputs(segments, 2, 2, 64, jnp.bfloat16)
@@ -275,7 +275,7 @@ def test_a_named_back_end_that_cannot_is_refused_with_the_fix():
 
 def test_a_step_on_other_devices_is_refused():
     """Resolving does not know the devices (a run trained on TPUs is evaluated anywhere); building the step does."""
-    config = resolve(config_of("splash"), (8, 1, 1))
+    config = resolve(config_of("splash"), {"data": 8})
     factory = state_factory(config, make_mesh(config.mesh), 1)
     with pytest.raises(UserError, match="`train.attention`=splash runs on tpu devices, not on cpu; use auto or xla"):
         make_train_step(factory, 1)

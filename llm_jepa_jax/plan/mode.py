@@ -77,7 +77,7 @@ def _candidates(config: Config, shape: Any, topology: Topology, asked: PlanFlags
     devices = compile_devices(topology)
     if not asked.search or not topology.chip.peak:  # without a peak nothing is faster than anything else
         mesh = plan_mesh(config.mesh, topology, devices)
-        only = by_arithmetic(resolve(config, mesh.axis_sizes), shape, topology, mesh)
+        only = by_arithmetic(resolve(config, mesh.shape), shape, topology, mesh)
         only = by_compiler(only, shape, topology) if compiler else only
         return only, [only]
     if compiler:

@@ -127,7 +127,7 @@ def _on_mesh(config: Config, shape: RowShape, topology: Topology, mesh: Any) -> 
             objective=dataclasses.replace(config.objective, head_chunk=chunk),
         )
         try:
-            resolve(changed, mesh.axis_sizes)
+            resolve(changed, mesh.shape)
         except UserError:
             continue
         state = state or state_factory(changed, mesh, NUM_STEPS).abstract
