@@ -2,6 +2,7 @@
 """Cross-field checks of a configuration: each failure names the key, its value and the fix."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
@@ -321,12 +322,12 @@ def _check_train(config: Config, mesh_shape: Mapping[str, int]) -> None:
     train, rows = config.train, config.data.rows_per_step
     if not train.num_steps and not train.num_epochs:
         fail("train.num_steps", 0, "and `train.num_epochs`=0 leave nothing to do; set one of them")
-    shards = mesh_shape.get("data", 1) * mesh_shape.get("fsdp", 1)
+    shards = math.prod(mesh_shape.get(axis, 1) for axis in ("slice", "data", "fsdp"))
     unit = shards * train.micro_batches
     if rows % unit:
         fail(
             "data.rows_per_step", rows,
-            f"does not divide into {train.micro_batches} micro-batches over {shards} devices of data and fsdp; "
+            f"does not divide into {train.micro_batches} micro-batches over {shards} devices of slice, data and fsdp; "
             f"use a multiple of {unit}, such as {-(-rows // unit) * unit}",
         )  # fmt: skip
 

@@ -58,6 +58,8 @@ def assert_same_training(cache_dir, tokenizer, mesh, devices, train, **same):
         ({"data": 1}, 1, 4),
         ({"fsdp": 2, "data": 1}, 2, 4),
         ({"fsdp": 2, "tensor": 2, "data": 1}, 4, -4),
+        ({"slices": 2, "data": 2, "fsdp": 2}, 8, 1),
+        ({"slices": 2, "data": 1, "fsdp": 2}, 4, -2),
     ],
 )
 @pytest.mark.parametrize(("layout", "by"), [("separate", "example"), ("shared", "example"), ("shared", "step")])

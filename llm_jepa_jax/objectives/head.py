@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llm_jepa_jax.models.symbolic import filled, known
-from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
+from llm_jepa_jax.parallel.sharding import PARAMETER_RULES, activation_axes, activation_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +81,13 @@ def _everywhere(settings: HeadSettings, gradients: str, with_bias: bool) -> Any:
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return functools.partial(_local, settings=settings, gradients=gradients, sharded=False)
-    rows = PartitionSpec(ACTIVATION_RULES["rows"])
+        return functools.partial(_local, settings=settings, gradients=gradients, rows=())
+    rows = activation_spec("rows")
     vocabulary = PARAMETER_RULES["vocab"]
     bias = PartitionSpec(vocabulary) if with_bias else None
     out_specs = (PartitionSpec(), rows, PartitionSpec(PARAMETER_RULES["embed"], vocabulary), bias)
     return jax.shard_map(
-        functools.partial(_local, settings=settings, gradients=gradients, sharded=True),
+        functools.partial(_local, settings=settings, gradients=gradients, rows=activation_axes("rows")),
         in_specs=(rows, PartitionSpec(None, vocabulary), rows, rows, rows, bias),
         out_specs=out_specs[: {"all": 4, "hidden": 2, "": 1}[gradients]],
         check_vma=False,
@@ -104,9 +104,12 @@ def _local(
     *,
     settings: HeadSettings,
     gradients: str,
-    sharded: bool,
+    rows: tuple[str, ...],
 ) -> tuple[Any, ...]:
-    """One device's rows against its part of the vocabulary: the sum, and the gradients if they are wanted."""
+    """One device's rows against its part of the vocabulary: the sum, and the gradients if they are wanted. `rows` are
+    the mesh axes that rows are cut over; none: there is no mesh.
+    """
+    sharded = bool(rows)
     hidden_NxD = hidden_RxLxD.reshape(-1, hidden_RxLxD.shape[-1])
     head_DxV = head_DxV.astype(hidden_NxD.dtype)
     slots, num_targets, size = _used_first(hidden_RxLxD.shape[1], index_RxM, targets_RxM, weight_RxM, settings.chunk)
@@ -139,12 +142,12 @@ def _local(
         zeros_V = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
         zeros += (jnp.zeros(head_DxV.shape, jnp.float32), zeros_V)
     total, *grads = jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros)
-    total = jax.lax.psum(total, ACTIVATION_RULES["rows"]) if sharded else total
+    total = jax.lax.psum(total, rows) if sharded else total
     dhidden = [grad.reshape(hidden_RxLxD.shape) for grad in grads[:1]]
     of_head = grads[1:]
     if sharded and of_head:
-        dbias_V = jax.tree.map(lambda grad: jax.lax.psum(grad, ACTIVATION_RULES["rows"]), of_head[1])
-        of_head = [_over_rows(of_head[0]), dbias_V]
+        dbias_V = jax.tree.map(lambda grad: jax.lax.psum(grad, rows), of_head[1])
+        of_head = [_over_rows(of_head[0], rows), dbias_V]
     return total, *dhidden, *of_head
 
 
@@ -207,7 +210,9 @@ def _over_vocabulary(collective: Any, value: jax.Array, sharded: bool) -> jax.Ar
     return collective(value, PARAMETER_RULES["vocab"]) if sharded else value
 
 
-def _over_rows(dhead_DxV: jax.Array) -> jax.Array:
-    """The head's gradient over all rows, each device keeping what it stores of it."""
-    dhead_DxV = jax.lax.psum(dhead_DxV, "data")
-    return jax.lax.psum_scatter(dhead_DxV, PARAMETER_RULES["embed"], scatter_dimension=0, tiled=True)
+def _over_rows(dhead_DxV: jax.Array, rows: tuple[str, ...]) -> jax.Array:
+    """The head's gradient over these axes, each device keeping what it stores of it."""
+    stored = PARAMETER_RULES["embed"]
+    # The small part travels further: first what fsdp scatters, which stays inside a slice.
+    dhead_DxV = jax.lax.psum_scatter(dhead_DxV, stored, scatter_dimension=0, tiled=True)
+    return jax.lax.psum(dhead_DxV, tuple(axis for axis in rows if axis != stored))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two tables from logical axis names to mesh axes: how parameters are stored, and how activations are computed."""
 
+import math
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ PARAMETER_RULES: dict[str, str | None] = {
 """Storage: every matrix is cut over fsdp along its model width and over tensor along the other side."""
 
 ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
-    "rows": ("data", "fsdp"),
+    "rows": ("slice", "data", "fsdp"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -34,6 +35,9 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
 }
 """Computation: rows over the batch axes; inside a block heads and mlp over tensor."""
+
+REPLICAS = ("slice", "data")
+"""Axes whose devices hold the same part of every parameter: what the gradient is added up over as a whole."""
 
 
 def parameter_spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
@@ -73,12 +77,23 @@ def placed_batch(mesh: Mesh, num_rows: int, shape: RowShape) -> Batch:
     return placed(shapes, jax.tree.map(lambda _: rows_sharding(mesh), shapes))
 
 
+def activation_axes(logical_axis: str) -> tuple[str, ...]:
+    """The mesh axes of an activation's axis, without those that a `shard_map` around this code has divided already."""
+    axes = ACTIVATION_RULES[logical_axis]
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in manual)
+
+
+def activation_spec(*logical_axes: str | None) -> PartitionSpec:
+    """The spec of an activation inside a jitted function; None: an axis that is not divided."""
+    return PartitionSpec(*(axis and (activation_axes(axis) or None) for axis in logical_axes))
+
+
 def constrain(array: jax.Array, *logical_axes: str) -> jax.Array:
     """Pins an activation's sharding inside a jitted function; nothing outside a mesh (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:
         return array
-    spec = PartitionSpec(*(ACTIVATION_RULES[axis] for axis in logical_axes))
-    return jax.lax.with_sharding_constraint(array, spec)
+    return jax.lax.with_sharding_constraint(array, activation_spec(*logical_axes))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
@@ -93,7 +108,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def num_row_shards(mesh: Mesh) -> int:
     """How many parts the rows axis is cut into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ACTIVATION_RULES["rows"] or ())
 
 
 def row_parts(mesh: Mesh) -> tuple[int, ...]:

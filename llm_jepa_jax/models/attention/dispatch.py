@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.models.attention import dense, splash, triton, xla
-from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES
+from llm_jepa_jax.parallel.sharding import activation_spec
 from llm_jepa_jax.resolve import attention_refusal
 
 
@@ -107,8 +106,7 @@ def on_shards(
     arrays = (query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, segments_RxL)
     if jax.sharding.get_abstract_mesh().empty:
         return kernel(*arrays)
-    rows = PartitionSpec(ACTIVATION_RULES["rows"])
-    by_head, by_kv_head = (PartitionSpec(*rows, None, ACTIVATION_RULES[axis]) for axis in ("heads", "kv_heads"))
-    specs = (by_head, by_kv_head, by_kv_head, rows)
+    by_head, by_kv_head = (activation_spec("rows", "length", axis) for axis in ("heads", "kv_heads"))
+    specs = (by_head, by_kv_head, by_kv_head, activation_spec("rows"))
     # A kernel's outputs do not say over which axes they vary, so that check has nothing to go by.
     return jax.shard_map(kernel, in_specs=specs, out_specs=by_head, check_vma=False)(*arrays)
