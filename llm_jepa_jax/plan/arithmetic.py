@@ -131,6 +131,7 @@ def _add_exchanges(
         ("fsdp", "all-gather"): (2 * weights * width * size.parts, 2 * model.num_layers * size.parts),
         ("fsdp", "reduce-scatter"): (trained * width * size.parts, model.num_layers * size.parts),
         ("data", "all-reduce"): (trained / size.fsdp * 4, model.num_layers),
+        ("slice", "all-reduce"): (trained / size.fsdp * 4, model.num_layers),
         ("tensor", "all-reduce"): (
             residual * model.num_layers * (6 if again else 4) * size.parts, 4 * model.num_layers * size.parts,
         ),

@@ -82,7 +82,8 @@ class Walk:
         self._module, self._chip, self._links = module, chip, links
         self._num_devices, self._reach, self._trips = num_devices, reach, trips
         self.timeline = Timeline()
-        self._now = self._link_free = 0.0
+        self._now = 0.0
+        self._free = {"ICI": 0.0, "DCN": 0.0}  # when each has done what was begun
 
     def run(self) -> Timeline:
         """The step."""
@@ -175,14 +176,14 @@ class Walk:
         traffic.num_bytes += times * collective.num_bytes
         traffic.seconds += times * seconds
         traffic.count += times
-        begun = max(self._now, self._link_free)
-        self._link_free = begun + seconds
-        if instruction.opcode.endswith("-start"):
-            pending[instruction.name] = (self._link_free, key)
+        network = "DCN" if route.slices > 1 else "ICI"
+        done = self._free[network] = max(self._now, self._free[network]) + seconds
+        if instruction.opcode.endswith("-start") or instruction.opcode == "recv":
+            pending[instruction.name] = (done, key)
             return
         if instruction.opcode == "fusion":  # products and an exchange in one: both at a time
             self._core(computation, instruction, times)
-        self._wait(self._link_free, key, times)
+        self._wait(done, key, times)
 
     def _await(
         self,

@@ -4,7 +4,6 @@
 import dataclasses
 import itertools
 import logging
-import math
 from typing import Any
 
 from llm_jepa_jax.batch import RowShape
@@ -93,10 +92,9 @@ def by_compiler(candidate: Candidate, shape: RowShape, topology: Topology) -> Ca
 def candidates(config: Config, shape: RowShape, topology: Topology, devices: Any) -> list[Candidate]:
     """All ways to run the configuration that its checks allow, by arithmetic: the fastest that fits first."""
     found = []
-    chosen = ("data", "fsdp", "tensor")
-    fixed = [getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh) if field.name not in chosen]
+    slices = topology.told or max(1, config.mesh.slices)
     for fsdp, tensor in itertools.product(SIZES, TENSOR_SIZES):
-        taken = fsdp * tensor * math.prod(fixed)
+        taken = fsdp * tensor * slices
         if topology.num_devices % taken:
             continue
         wanted = dataclasses.replace(config.mesh, data=topology.num_devices // taken, fsdp=fsdp, tensor=tensor)
