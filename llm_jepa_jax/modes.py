@@ -39,7 +39,7 @@ from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar
 from llm_jepa_jax.train.saving import Evaluate
 from llm_jepa_jax.train.state import state_factory
-from llm_jepa_jax.vocabulary import with_vocabulary
+from llm_jepa_jax.vocabulary import padding_line, with_vocabulary
 
 LOG = logging.getLogger("llm_jepa_jax")
 
@@ -127,6 +127,8 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     wait_for_all("claim")  # others may still be looking at what the directory holds
     claim(workdir, config, job.tokenizer, job.splits)
     _log_data(data)
+    if padding := padding_line(config.model):
+        LOG.info("%s", padding)
     factory = state_factory(config, job.mesh, data.num_steps)
     result = run_training(factory, data, workdir, phases, job.evaluate(workdir, phases, data.num_steps))
     if not result.stopped_early and config.log.report:

@@ -291,7 +291,11 @@ def planned(tmp_path_factory):
 
 def test_a_plan_for_cpus_through_the_command_line(planned):
     result, workdir = planned
-    assert result["fits"] and result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and result["override"] == ""
+    assert (
+        result["fits"]
+        and result["mesh"] == {"slice": 1, "data": 1, "fsdp": 4, "tensor": 2}
+        and result["override"] == ""
+    )
     assert result["estimated_step_s"] is None  # nobody knows this CPU's peak
     assert {tuple(each["axes"]) for each in result["exchanges"]} >= {("fsdp",), ("tensor",)}
     assert sum(result["hbm_by_kind_gib"].values()) == pytest.approx(result["hbm_gib"], abs=0.01)
