@@ -211,6 +211,12 @@ class MeshConfig:
     )
     data: int = key(-1, "data-parallel axis; -1 fills with the devices left", "devices")
     fsdp: int = key(1, "axis over which parameters and optimizer state are sharded, and the batch too", "devices")
+    context: int = key(
+        1,
+        "axis over which the tokens of a row are cut, for rows too long for one device; parameters are stored over it "
+        "as over `fsdp`. It divides `data.row_length`",
+        "devices",
+    )
     tensor: int = key(1, "axis over which heads, mlp and vocabulary are sharded", "devices")
 
 

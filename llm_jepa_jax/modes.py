@@ -114,7 +114,8 @@ def train(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> dict[str,
     job = _prepare(values, workdir)
     config = job.config
     platform = job.mesh.devices.flat[0].platform
-    attention = attention_backend(config, platform, config.data.row_length)  # before any work, should it refuse
+    parts = job.mesh.shape["context"]
+    attention = attention_backend(config, platform, config.data.row_length, parts)  # before any work, should it refuse
     tasks = [task.name for task in job.evaluator.tasks]  # the same
     check_directory(workdir, config, job.splits)
     phases = Phases(workdir if jax.process_index() == 0 else None)

@@ -70,7 +70,8 @@ def _check_tiles(tile: int, model: ModelConfig, mesh_shape: Mapping[str, int]) -
     """Tiles divide every linear layer's inputs, and no tile is cut by the mesh."""
     if tile <= 0:
         fail("lora.tile_size", tile, "must be above 0")
-    inputs = {"embed_dim": mesh_shape.get("fsdp", 1), "head_dim": 1, "mlp_dim": mesh_shape.get("tensor", 1)}
+    stored = mesh_shape.get("fsdp", 1) * mesh_shape.get("context", 1)
+    inputs = {"embed_dim": stored, "head_dim": 1, "mlp_dim": mesh_shape.get("tensor", 1)}
     for name, shards in inputs.items():
         size = getattr(model, name)
         if size % (tile * shards):

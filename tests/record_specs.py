@@ -23,6 +23,7 @@ CASES: dict[str, tuple[str, MeshConfig, tuple[str, ...]]] = {
     "llama405b-slices2-fsdp128-tensor8": (
         "llama405b.py", MeshConfig(slices=2, data=1, fsdp=128, tensor=8), ("opt.second_moment=factored",)
     ),
+    "llama8b-fsdp16-context4": ("llama8b.py", MeshConfig(data=1, fsdp=16, context=4), ()),
     "gemma2_2b-fsdp8-tensor2": ("gemma2_2b.py", MeshConfig(data=1, fsdp=8, tensor=2), ()),
     "olmo2_7b-data2-fsdp16": ("olmo2_7b.py", MeshConfig(data=2, fsdp=16), ("objective.jepa.linear_predictor=True",)),
     "openelm_1b-smoke-fsdp8": ("openelm_1b.py:smoke", MeshConfig(data=1, fsdp=8), ("model.vocab_size=512",)),

@@ -89,8 +89,8 @@ def test_wrong_keys_types_and_choices_name_the_fix(tmp_path):
 
 
 def test_mesh_fills_and_refuses():
-    assert mesh_shape(MeshConfig(), 8) == (1, 8, 1, 1)
-    assert mesh_shape(MeshConfig(data=1, fsdp=-1, tensor=2), 8) == (1, 1, 4, 2)
+    assert mesh_shape(MeshConfig(), 8) == (1, 8, 1, 1, 1)
+    assert mesh_shape(MeshConfig(data=1, fsdp=-1, tensor=2), 8) == (1, 1, 4, 1, 2)
     for config, words in (
         (MeshConfig(fsdp=3), "`mesh.fsdp`=3 does not divide 8 devices; use 1, 2, 4, 8, or -1 to fill"),
         (MeshConfig(fsdp=4, tensor=4), "`mesh.tensor`=4 does not divide 2 devices"),

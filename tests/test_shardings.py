@@ -48,7 +48,9 @@ def test_every_array_of_the_state_is_in_the_report_once(cache_dir, lora, moment)
         assert len(each.spec) == len(each.shape) and each.copies >= 4  # two slices, two of data
         assert not each.axes or len(each.axes) == len(each.shape)
     matrices = [each for each in found if each.name == "layers/gate" and each.kind in ("parameter", "frozen")]
-    assert all(each.spec == (None, "fsdp", "tensor") and each.copies == 4 for each in matrices if len(each.shape) == 3)
+    assert all(
+        each.spec == (None, "context+fsdp", "tensor") and each.copies == 4 for each in matrices if len(each.shape) == 3
+    )
 
 
 def test_large_arrays_that_lie_whole_are_told(cache_dir):

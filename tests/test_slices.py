@@ -40,7 +40,7 @@ def two_slices():
 
 def test_slices_are_what_the_devices_say_and_the_other_axes_stay_inside():
     laid = make_mesh(MeshConfig(fsdp=2, tensor=2), two_slices())
-    assert dict(laid.shape) == {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2}
+    assert dict(laid.shape) == {"slice": 2, "data": 1, "fsdp": 2, "context": 1, "tensor": 2}
     assert [{device.slice_index for device in part.flat} for part in laid.devices] == [{0}, {1}]
 
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 from llm_jepa_jax.config import MeshConfig
 from llm_jepa_jax.errors import UserError
 
-AXES = ("slice", "data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "context", "tensor")
 """From the slowest links to the fastest: `slice` alone crosses the data-centre network, `tensor` is innermost."""
 AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 KEYS = {"slice": "slices"} | {axis: axis for axis in AXES[1:]}

@@ -21,7 +21,15 @@ from llm_jepa_jax.objectives.jepa import pair_embeddings
 from llm_jepa_jax.objectives.parameters import abstract_parameters
 from llm_jepa_jax.objectives.term import Inputs
 from llm_jepa_jax.objectives.total import enabled, term_scales, term_weights, total_loss, wanted_states
-from llm_jepa_jax.parallel.sharding import REPLICAS, activation_spec, is_axes, parameter_spec, replicated, rows_sharding
+from llm_jepa_jax.parallel.sharding import (
+    LENGTH_AXIS,
+    REPLICAS,
+    activation_spec,
+    is_axes,
+    parameter_spec,
+    replicated,
+    rows_sharding,
+)
 from llm_jepa_jax.resolve import attention_backend
 from llm_jepa_jax.train.optimizer import learning_rate
 from llm_jepa_jax.train.state import StateFactory, TrainState
@@ -241,13 +249,13 @@ def make_train_step(
         UserError: the mesh's devices do not run the attention back end that the configuration names.
     """
     config, optimizer, mesh = factory.config, factory.optimizer, factory.mesh
-    platform = mesh.devices.flat[0].platform
-    attention_backend(config, platform, config.data.row_length)  # refuses now, not when the step is traced
+    platform, row_parts = mesh.devices.flat[0].platform, mesh.shape[LENGTH_AXIS]
+    attention_backend(config, platform, config.data.row_length, row_parts)  # refuses now, not when the step is traced
     schedule = learning_rate(config.opt, num_steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-        attention = attention_backend(config, platform, batch.segments.shape[1])
+        attention = attention_backend(config, platform, batch.segments.shape[1], row_parts)
         run = config if batch.pair_weight.shape[1] else without_pairs(config)
         total, grads, aux, weights = gradients(
             state.params, batch, run, longest_segment, attention, state.step, num_steps, state.frozen
