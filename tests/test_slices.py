@@ -2,6 +2,9 @@
 """Copies of the parameters on slices with slow links in between: where devices lie, and what crosses when."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,7 +20,7 @@ from llm_jepa_jax.plan.links import Links
 from llm_jepa_jax.plan.topology import parse_topology
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.train.step import make_train_step
-from tests.conftest import small_config
+from tests.conftest import REPOSITORY, small_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,3 +154,29 @@ def test_topologies_of_several_slices(name, chips):
 def test_a_wrong_number_of_slices_is_one_line_with_the_fix(count):
     with pytest.raises(UserError, match=r"is no number of slices; use 2 to .*v5p:4x4x4\*2"):
         parse_topology(f"v5p:4x4x4*{count}")
+
+
+@pytest.mark.parity
+def test_a_step_of_two_slices_compiles_for_tpus(tmp_path):
+    """As many gradients over the data-centre network with four micro-batches as there are parameters."""
+    pytest.importorskip("libtpu")
+    arguments = [
+        "--config=configs/llama8b.py:smoke", "--mode=plan", "--topology=v5p:2x2x1*2", "--nosearch",
+        f"--workdir={tmp_path}",
+        "--config.mesh.fsdp=4", "--config.model.vocab_size=512", "--config.data.rows_per_step=32",
+        "--config.train.micro_batches=4",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "llm_jepa_jax.main", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["mesh"]["slice"] == 2 and result["chips"] == 8
+    between = [each for each in result["exchanges"] if each["links"] == "DCN of 2 slices"]
+    assert {tuple(each["axes"]) for each in between} == {("slice",)}
+    stored = sum(
+        each["bytes_per_device"]
+        for each in json.loads((tmp_path / "plan.json").read_text())["shardings"]
+        if each["kind"] == "parameter"
+    )
+    reduced = sum(each["bytes"] for each in between if each["kind"] == "all-reduce")
+    assert stored <= reduced < 1.5 * stored  # arrays are padded to whole tiles
