@@ -203,8 +203,21 @@ BY_LAYER = {"layer_heads": "num_heads", "layer_kv_heads": "num_kv_heads", "layer
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    slices: int = key(
+        -1,
+        "slices (or groups of devices with slow links in between), each with a copy of the parameters: rows are cut "
+        "over them, and gradients are added up over their links once a step; every other axis is inside one. -1: what "
+        "TPUs say of themselves, 1 elsewhere",
+        "slices",
+    )
     data: int = key(-1, "data-parallel axis; -1 fills with the devices left", "devices")
     fsdp: int = key(1, "axis over which parameters and optimizer state are sharded, and the batch too", "devices")
+    context: int = key(
+        1,
+        "axis over which the tokens of a row are cut, for rows too long for one device; parameters are stored over it "
+        "as over `fsdp`. It divides `data.row_length`",
+        "devices",
+    )
     tensor: int = key(1, "axis over which heads, mlp and vocabulary are sharded", "devices")
 
 

@@ -27,8 +27,8 @@ FLAGS_OF_MODES = {
     "max_positions": ("verify",), "dtype": ("export",), "shard_bytes": ("export",), "predictor_rows": ("export",),
     "format": ("export",), "topology": ("plan",), "search": ("plan",), "compiles": ("plan",),
     "chip_hour_price": ("plan",), "examples_per_row": ("plan",), "longest_segment": ("plan",),
-    "epoch_tokens": ("plan",), "dataset": ("prepare",), "source": ("prepare",), "sha256": ("prepare",),
-    "columns": ("prepare",), "shards": ("prepare",), "processes": ("prepare",),
+    "epoch_tokens": ("plan",), "verbose": ("plan",), "dataset": ("prepare",), "source": ("prepare",),
+    "sha256": ("prepare",), "columns": ("prepare",), "shards": ("prepare",), "processes": ("prepare",),
 }  # fmt: skip
 """Flags that not every mode takes."""
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -82,6 +82,7 @@ def _define_plan_flags(values: flags.FlagValues) -> None:
     whole(
         "longest_segment", 0, "plan: tokens of the longest one; 0: twice the average", lower_bound=0, flag_values=values
     )
+    yes("verbose", False, "plan: show where every array of the training state lies", flag_values=values)
     number("epoch_tokens", 1e9, "plan: tokens of the training set", lower_bound=1.0, flag_values=values)
 
 

@@ -43,7 +43,7 @@ from llm_jepa_jax.train.phases import Phases
 from llm_jepa_jax.train.progress import Bar
 from llm_jepa_jax.train.saving import Evaluate
 from llm_jepa_jax.train.state import state_factory
-from llm_jepa_jax.vocabulary import with_vocabulary
+from llm_jepa_jax.vocabulary import padding_line, with_vocabulary
 
 LOG = logging.getLogger("llm_jepa_jax")
 
@@ -78,7 +78,7 @@ def _prepare(values: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
         config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, adapter=str(path)))
     start = open_initial(config)
     config = with_initial(config, start)
-    config = resolve(with_step(with_adapter(config, config.model), start), mesh.devices.shape)
+    config = resolve(with_step(with_adapter(config, config.model), start), mesh.shape)
     config = dataclasses.replace(config, data=absolute_paths(config.data))
     if config.eval.databases:
         databases = str(pathlib.Path(config.eval.databases).expanduser().absolute())
@@ -120,7 +120,8 @@ def train(values: ml_collections.ConfigDict, workdir: Workdir) -> dict[str, Any]
     job = _prepare(values, workdir.files)
     config = job.config
     platform = job.mesh.devices.flat[0].platform
-    attention = attention_backend(config, platform, config.data.row_length)  # before any work, should it refuse
+    parts = job.mesh.shape["context"]
+    attention = attention_backend(config, platform, config.data.row_length, parts)  # before any work, should it refuse
     tasks = [task.name for task in job.evaluator.tasks]  # the same
     check_directory(workdir, config, job.splits)
     phases = Phases(workdir.files if jax.process_index() == 0 else None)
@@ -136,6 +137,8 @@ def train(values: ml_collections.ConfigDict, workdir: Workdir) -> dict[str, Any]
         for directory in (workdir.place, workdir.files):
             (directory / RESULT).unlink(missing_ok=True)  # there, it says that all is done
     _log_data(data)
+    if padding := padding_line(config.model):
+        LOG.info("%s", padding)
     factory = state_factory(config, job.mesh, data.num_steps)
     result = run_training(factory, data, workdir, phases, job.evaluate(workdir.files / "eval", phases, data.num_steps))
     if not result.stopped_early and config.log.report:

@@ -2,7 +2,8 @@
 """Cross-field checks of a configuration: each failure names the key, its value and the fix."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
 from llm_jepa_jax.config import BY_LAYER, Config
@@ -116,8 +117,8 @@ KERNEL_BLOCK = 128
 """Rows are cut into blocks of this many tokens or a multiple."""
 
 
-def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
-    """The configuration after all cross-field checks that need no data, for a mesh of (data, fsdp, tensor).
+def resolve(config: Config, mesh_shape: Mapping[str, int]) -> Config:
+    """The configuration after all cross-field checks that need no data, on a mesh of these sizes (an axis left out: 1).
 
     Raises:
         UserError: a contradiction, with the key, its value and the fix.
@@ -130,13 +131,15 @@ def resolve(config: Config, mesh_shape: tuple[int, int, int]) -> Config:
     _check_whole_batch(config)
     _check_train(config, mesh_shape)
     _check_model(config, mesh_shape)
-    _check_attention(config, config.data.row_length)
+    _check_context(config, mesh_shape.get("context", 1))
+    _check_attention(config, config.data.row_length, mesh_shape.get("context", 1))
     check_lora(config, mesh_shape)
     return config
 
 
-def attention_backend(config: Config, platform: str, row_length: int) -> str:
-    """The back end of a training step with rows of this length on this platform: `xla`, `splash` or `triton`.
+def attention_backend(config: Config, platform: str, row_length: int, parts: int = 1) -> str:
+    """The back end of a training step with rows of this length on this platform: `xla`, `splash` or `triton`. `parts`
+    are those that a row is cut into (`mesh.context`).
 
     Raises:
         UserError: `train.attention` names one that cannot do it, with the reason and the fix.
@@ -144,23 +147,35 @@ def attention_backend(config: Config, platform: str, row_length: int) -> str:
     name = config.train.attention
     if name == "auto":
         kernels = [kernel for kernel, wanted in KERNEL_PLATFORM.items() if wanted == platform]
-        return next((kernel for kernel in kernels if not _refusal(kernel, config, row_length)), "xla")
+        return next((kernel for kernel in kernels if not _refusal(kernel, config, row_length, parts)), "xla")
     if name != "xla" and platform != KERNEL_PLATFORM[name]:
         fail("train.attention", name, f"runs on {KERNEL_PLATFORM[name]} devices, not on {platform}; use auto or xla")
-    _check_attention(config, row_length)
+    _check_attention(config, row_length, parts)
     return name
 
 
 def attention_refusal(
-    backend: str, length: int, head_dim: int, dtype: str, window: int = 0, soft_cap: float = 0.0
+    backend: str,
+    length: int,
+    head_dim: int,
+    dtype: str,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    parts: int = 1,
 ) -> str:
-    """Why an attention kernel cannot do these rows, with the fix; empty where it can. `window`, `soft_cap` 0: off."""
+    """Why an attention kernel cannot do these rows, with the fix; empty where it can. `window`, `soft_cap` 0: off;
+    `parts`: those that a row is cut into (`mesh.context`).
+    """
     this, instead = f"`train.attention`={backend}", "or use train.attention=xla"
     if head_dim not in KERNEL_HEAD_DIMS[backend]:
         return f"{this} takes `model.head_dim` of {_either(KERNEL_HEAD_DIMS[backend])}, not {head_dim}; {instead[3:]}"
-    if length % KERNEL_BLOCK:
-        fits = -(-length // KERNEL_BLOCK) * KERNEL_BLOCK
-        return f"{this} takes `data.row_length` in multiples of {KERNEL_BLOCK}, not {length}; set {fits}, {instead}"
+    unit = KERNEL_BLOCK * parts
+    if length % unit:
+        over = f" over `mesh.context`={parts}" if parts > 1 else ""
+        fits = -(-length // unit) * unit
+        return f"{this} takes `data.row_length` in multiples of {unit}{over}, not {length}; set {fits}, {instead}"
+    if backend == "triton" and parts > 1:
+        return f"{this} takes whole rows, not `mesh.context`={parts}; use mesh.context=1, {instead}"
     if backend == "triton" and dtype != "bfloat16":
         # Its float32 products round their inputs to TF32.
         return f"{this} computes in bfloat16, not {dtype}; set train.dtype=bfloat16, {instead}"
@@ -173,16 +188,25 @@ def _either(values: tuple[int, ...]) -> str:
     return ", ".join(str(value) for value in values[:-1]) + f" or {values[-1]}"
 
 
-def _refusal(backend: str, config: Config, row_length: int) -> str:
+def _refusal(backend: str, config: Config, row_length: int, parts: int) -> str:
     model = config.model
     return attention_refusal(
-        backend, row_length, model.head_dim, config.train.dtype, model.window, model.attention_soft_cap
+        backend, row_length, model.head_dim, config.train.dtype, model.window, model.attention_soft_cap, parts
     )
 
 
-def _check_attention(config: Config, row_length: int) -> None:
+def _check_context(config: Config, parts: int) -> None:
+    """Rows of every length that a run may have are cut into equal parts."""
+    data = config.data
+    for length in row_lengths(data.row_length)[: data.row_buckets or None]:
+        if length % parts:
+            fewer = "" if length == data.row_length else ", or data.row_buckets=1"
+            fail("mesh.context", parts, f"does not divide rows of {length} tokens; use a divisor of it{fewer}")
+
+
+def _check_attention(config: Config, row_length: int, parts: int) -> None:
     if config.train.attention in KERNEL_PLATFORM:
-        refusal = _refusal(config.train.attention, config, row_length)
+        refusal = _refusal(config.train.attention, config, row_length, parts)
         if refusal:
             raise UserError(f"config: {refusal}")
 
@@ -319,29 +343,31 @@ def _contrasts(section: VectorsConfig) -> bool:
     return bool(section.weight) and section.distance == "infonce"
 
 
-def _check_train(config: Config, mesh_shape: tuple[int, int, int]) -> None:
+def _check_train(config: Config, mesh_shape: Mapping[str, int]) -> None:
     train, rows = config.train, config.data.rows_per_step
     if not train.num_steps and not train.num_epochs:
         fail("train.num_steps", 0, "and `train.num_epochs`=0 leave nothing to do; set one of them")
     every, ahead = config.checkpoint.every_steps, config.checkpoint.ahead_steps
     if every and ahead >= every:
         fail("checkpoint.ahead_steps", ahead, f"is not below `checkpoint.every_steps`={every}; use less")
-    shards = mesh_shape[0] * mesh_shape[1]
+    shards = math.prod(mesh_shape.get(axis, 1) for axis in ("slice", "data", "fsdp"))
     unit = shards * train.micro_batches
     if rows % unit:
         fail(
             "data.rows_per_step", rows,
-            f"does not divide into {train.micro_batches} micro-batches over {shards} devices of data and fsdp; "
+            f"does not divide into {train.micro_batches} micro-batches over {shards} devices of slice, data and fsdp; "
             f"use a multiple of {unit}, such as {-(-rows // unit) * unit}",
         )  # fmt: skip
 
 
-def _check_model(config: Config, mesh_shape: tuple[int, int, int]) -> None:
-    model, (_, fsdp, tensor) = config.model, mesh_shape
+def _check_model(config: Config, mesh_shape: Mapping[str, int]) -> None:
+    model, tensor = config.model, mesh_shape.get("tensor", 1)
+    fsdp, context = mesh_shape.get("fsdp", 1), mesh_shape.get("context", 1)
     check_model(model)
     for by_layer, name in BY_LAYER.items():
         for size in getattr(model, by_layer) or (getattr(model, name),):
             if size % tensor:
                 fail("mesh.tensor", tensor, f"does not divide `model.{name}`={size}; use a divisor of it")
-    if model.embed_dim % fsdp:
-        fail("mesh.fsdp", fsdp, f"does not divide `model.embed_dim`={model.embed_dim}; use a divisor of it")
+    if model.embed_dim % (fsdp * context):
+        over = f"times `mesh.context`={context} " if context > 1 else ""
+        fail("mesh.fsdp", fsdp, f"{over}does not divide `model.embed_dim`={model.embed_dim}; use a divisor of it")

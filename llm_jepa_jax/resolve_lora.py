@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from llm_jepa_jax.config import Config, ModelConfig
 from llm_jepa_jax.lora_config import LINEAR_LAYERS, LoraConfig
@@ -29,8 +30,8 @@ def adapter_targets(lora: LoraConfig, model: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in known if name in names)
 
 
-def check_lora(config: Config, mesh_shape: tuple[int, int, int]) -> None:
-    """Checks the section for a mesh of (data, fsdp, tensor).
+def check_lora(config: Config, mesh_shape: Mapping[str, int]) -> None:
+    """Checks the section for a mesh of these sizes by axis (left out: 1).
 
     Raises:
         UserError: a contradiction, with the key, its value and the fix.
@@ -65,12 +66,12 @@ def check_lora(config: Config, mesh_shape: tuple[int, int, int]) -> None:
         _check_tiles(lora.tile_size, config.model, mesh_shape)
 
 
-def _check_tiles(tile: int, model: ModelConfig, mesh_shape: tuple[int, int, int]) -> None:
+def _check_tiles(tile: int, model: ModelConfig, mesh_shape: Mapping[str, int]) -> None:
     """Tiles divide every linear layer's inputs, and no tile is cut by the mesh."""
     if tile <= 0:
         fail("lora.tile_size", tile, "must be above 0")
-    _, fsdp, tensor = mesh_shape
-    inputs = {"embed_dim": fsdp, "head_dim": 1, "mlp_dim": tensor}
+    stored = mesh_shape.get("fsdp", 1) * mesh_shape.get("context", 1)
+    inputs = {"embed_dim": stored, "head_dim": 1, "mlp_dim": mesh_shape.get("tensor", 1)}
     for name, shards in inputs.items():
         size = getattr(model, name)
         if size % (tile * shards):

@@ -172,7 +172,7 @@ def open_run(workdir: Place, config: Config | None = None) -> Run:
     mesh = make_mesh(config.mesh)
     model = padded(saved.model, mesh.shape["tensor"])  # its vocabulary size is known only there
     config = dataclasses.replace(config, model=model)
-    config = resolve(config, mesh.devices.shape)
+    config = resolve(config, mesh.shape)
     abstract = abstract_trained(config, mesh)
     facts = json.loads((workdir / "run.json").read_text())
     if config.lora.rank:
@@ -223,7 +223,7 @@ def open_published(directory: Place, adapter: pathlib.Path | None = None) -> Run
         train = TrainConfig(param_dtype="float32")
         lora = LoraConfig(adapter=str(adapter.absolute()), base_dtype=checkpoint.dtype)
         config = with_adapter(dataclasses.replace(config, lora=lora, train=train), checkpoint.model)
-    config = resolve(config, mesh.devices.shape)
+    config = resolve(config, mesh.shape)
     if adapter:
         trained = read_adapter(open_adapter(adapter, checkpoint.model), abstract_trained(config, mesh))
         params = joined(trained, frozen_parameters(config, mesh))

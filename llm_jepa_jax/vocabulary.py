@@ -32,3 +32,15 @@ def padded(model: ModelConfig, tensor: int) -> ModelConfig:
     if model.padded_vocab_size % tensor == 0:
         return model
     return dataclasses.replace(model, vocab_multiple=math.lcm(model.vocab_multiple, tensor))
+
+
+def padding_line(model: ModelConfig) -> str:
+    """What padding the vocabulary has, in words; empty: none."""
+    added = model.padded_vocab_size - model.vocab_size
+    if not added:
+        return ""
+    return (
+        f"vocabulary: {model.vocab_size:,} ids in {model.padded_vocab_size:,} rows, a multiple of "
+        f"{model.vocab_multiple} (model.vocab_multiple); the {added:,} behind them are zeros, never predicted and "
+        "never exported"
+    )

@@ -34,13 +34,13 @@ def step(arguments: list[str], longest_segment: int) -> tuple[str, str]:
     """The chosen back end, and the compiled program of a preset's training step."""
     config = freeze(parse(["main", *arguments]).config)
     mesh = make_mesh(config.mesh, DEVICES)
-    config = resolve(config, mesh.devices.shape)
+    config = resolve(config, mesh.shape)
     factory = state_factory(config, mesh, 10)
     shape = RowShape(config.data.row_length, config.data.row_length, 8, longest_segment)
     batch = placed_batch(mesh, config.data.rows_per_step, shape)
     with jax.set_mesh(mesh):
         compiled = make_train_step(factory, 10, longest_segment).lower(factory.abstract, batch).compile()
-    return attention_backend(config, "tpu", config.data.row_length), compiled.as_text()
+    return attention_backend(config, "tpu", config.data.row_length, mesh.shape["context"]), compiled.as_text()
 
 
 def kernel(head_dim: int, dtype: str, length: int, window: int, soft_cap: float) -> tuple[str, str]:

@@ -104,7 +104,7 @@ def test_xla_equals_the_dense_reference(monkeypatch, window, soft_cap, pattern, 
     monkeypatch.setattr(xla, "BLOCK", block)
     segments = segments_of(pattern, length)
     attend = functools.partial(
-        xla.attend, segments_RxL=jnp.asarray(segments), longest_segment=longest, window=window, soft_cap=soft_cap
+        xla.attend, segments_RxS=jnp.asarray(segments), longest_segment=longest, window=window, soft_cap=soft_cap
     )
     check(attend, segments, heads, 8, window, soft_cap, 1e-5)
 
@@ -124,7 +124,7 @@ def test_far_attention_takes_longer_blocks(monkeypatch):
     monkeypatch.setattr(xla, "FAR_BLOCK", 32)
     monkeypatch.setattr(xla, "FAR", 16)
     segments = segments_of("long", 130)
-    check(functools.partial(xla.attend, segments_RxL=jnp.asarray(segments)), segments, (4, 2), 8, 0, 0.0, 1e-5)
+    check(functools.partial(xla.attend, segments_RxS=jnp.asarray(segments)), segments, (4, 2), 8, 0, 0.0, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_splash_equals_the_dense_reference(pattern, length, longest, heads, widt
     """Its exponentials and running sums are float32; the tolerance is for their order."""
     segments = segments_of(pattern, length)
     attend = functools.partial(
-        splash.attend, segments_RxL=jnp.asarray(segments), longest_segment=longest, window=window, soft_cap=soft_cap,
+        splash.attend, segments_RxS=jnp.asarray(segments), longest_segment=longest, window=window, soft_cap=soft_cap,
         interpret=True,
     )  # fmt: skip
     check(attend, segments, heads, width, window, soft_cap, 3e-5)
@@ -262,7 +262,7 @@ def test_a_named_back_end_that_cannot_is_refused_with_the_fix():
         ),
     ):
         with pytest.raises(UserError) as caught:
-            resolve(config_of(**changes), (1, 1, 1))
+            resolve(config_of(**changes), {})
         assert f"`train.attention`={changes['attention']} {words}" in str(caught.value)
     segments = np.ones((1, 128), np.int32)
     arrays, _ = inputs(segments, 2, 2, 64, jnp.bfloat16)
@@ -275,7 +275,7 @@ def test_a_named_back_end_that_cannot_is_refused_with_the_fix():
 
 def test_a_step_on_other_devices_is_refused():
     """Resolving does not know the devices (a run trained on TPUs is evaluated anywhere); building the step does."""
-    config = resolve(config_of("splash"), (8, 1, 1))
+    config = resolve(config_of("splash"), {"data": 8})
     factory = state_factory(config, make_mesh(config.mesh), 1)
     with pytest.raises(UserError, match="`train.attention`=splash runs on tpu devices, not on cpu; use auto or xla"):
         make_train_step(factory, 1)
@@ -299,6 +299,11 @@ STEPS = {
         ["--config=configs/llama8b.py", "--config.model.num_layers=2", "--config.data.rows_per_step=8",
          "--config.mesh.tensor=2", "--config.train.attention=splash"], 0,
     ),
+    "rows in parts": (
+        ["--config=configs/llama8b.py:smoke", "--config.model.vocab_size=512", "--config.model.embed_dim=256",
+         "--config.model.head_dim=64", "--config.data.row_length=512", "--config.mesh.fsdp=2",
+         "--config.mesh.context=2", "--config.train.attention=splash"], 0,
+    ),
 }  # fmt: skip
 
 
@@ -309,6 +314,7 @@ STEPS = {
         # Forward, forward again in the backward pass (remat), and the gradients of queries and of keys with values.
         (("step", *STEPS["llama1b"]), 4),
         (("step", *STEPS["llama8b"]), 4),
+        (("step", *STEPS["rows in parts"]), 4),
         (("kernel", 64, "bfloat16", 512, 0, 0.0), 2),
         (("kernel", 64, "bfloat16", 512, 200, 0.0), 3),
         (("kernel", 128, "float32", 2048, 0, 0.0), 3),

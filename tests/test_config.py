@@ -47,9 +47,9 @@ def test_the_presets_are_there():
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_resolve_and_take_smoke(name):
     config = freeze(preset(name)())
-    resolve(config, (1, 1, config.mesh.tensor))
+    resolve(config, {"tensor": config.mesh.tensor})
     small = freeze(preset(name)("smoke"))
-    resolve(small, (1, 4, 2))
+    resolve(small, {"fsdp": 4, "tensor": 2})
     assert small.model.num_layers == 2 and small.train.num_steps == 4
     assert small.train.dtype == config.train.dtype and small.model.rope_scaling == config.model.rope_scaling
     with pytest.raises(UserError, match="presets take `:smoke`"):
@@ -94,8 +94,8 @@ def test_wrong_keys_types_and_choices_name_the_fix(tmp_path):
 
 
 def test_mesh_fills_and_refuses():
-    assert mesh_shape(MeshConfig(), 8) == (8, 1, 1)
-    assert mesh_shape(MeshConfig(data=1, fsdp=-1, tensor=2), 8) == (1, 4, 2)
+    assert mesh_shape(MeshConfig(), 8) == (1, 8, 1, 1, 1)
+    assert mesh_shape(MeshConfig(data=1, fsdp=-1, tensor=2), 8) == (1, 1, 4, 1, 2)
     for config, words in (
         (MeshConfig(fsdp=3), "`mesh.fsdp`=3 does not divide 8 devices; use 1, 2, 4, 8, or -1 to fill"),
         (MeshConfig(fsdp=4, tensor=4), "`mesh.tensor`=4 does not divide 2 devices"),
@@ -121,10 +121,10 @@ def test_contradictions_name_key_value_and_fix():
         ({"seed": -1}, "`seed`=-1 must not be negative"),
     ):
         with pytest.raises(UserError) as caught:
-            resolve(dataclasses.replace(Config(), **changes), (1, 1, 1))
+            resolve(dataclasses.replace(Config(), **changes), {})
         assert words in str(caught.value)
     with pytest.raises(UserError, match=r"`mesh.fsdp`=5 does not divide `model.embed_dim`=192"):
-        resolve(dataclasses.replace(Config(), data=DataConfig(rows_per_step=40)), (1, 5, 1))
+        resolve(dataclasses.replace(Config(), data=DataConfig(rows_per_step=40)), {"fsdp": 5})
 
 
 def test_vocabulary_is_the_tokenizers_unless_set():

@@ -224,7 +224,7 @@ def test_slots_are_sized_for_the_least_work():
 )
 def test_row_lengths_that_cannot_be_are_refused(data, words):
     with pytest.raises(UserError, match=words):
-        resolve(freeze({"data": data}), (1, 1, 1))
+        resolve(freeze({"data": data}), {})
 
 
 def test_large_examples_come_first_and_the_rest_keep_their_order():

@@ -39,7 +39,7 @@ def lora_config(tmp_path, lora, **sections):
 def steps_of(config, tokenizer, devices=1, steps=STEPS):
     """Losses of a few steps, the frozen tree before them, and the last state."""
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    config = resolve(config, mesh.devices.shape)
+    config = resolve(config, mesh.shape)
     data, factory = small_data(config, tokenizer), state_factory(config, mesh, STEPS)
     state, losses = factory.create(), []
     before = jax.tree.map(np.array, state.frozen)

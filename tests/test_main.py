@@ -215,7 +215,8 @@ def test_a_run_goes_on_from_its_own_config_json_on_another_mesh(trained, tmp_pat
     """The resolved configuration is a valid `--config`, and a checkpoint of 1 device restores on 8."""
     workdir, _ = trained
     arguments = [f"--config={workdir}/config.json", "--config.train.num_steps=6", "--config.log.report=False"]
-    result = result_of(start(*arguments, "--config.mesh.fsdp=4", f"--workdir={workdir}", devices=8))
+    mesh = [f"--config.mesh.{axis}=2" for axis in ("slices", "fsdp", "context")]
+    result = result_of(start(*arguments, *mesh, f"--workdir={workdir}", devices=8))
     assert result["step"] == 6
 
 

@@ -250,11 +250,11 @@ def test_layers_must_fit_each_other():
         ({"layer_mlp_dims": (0, 64)}, "`model.layer_mlp_dims`=(0, 64) has a size below 1"),
     ):
         with pytest.raises(UserError) as caught:
-            resolve(dataclasses.replace(Config(), model=ModelConfig(**SMALL_MODEL | changes)), (1, 1, 1))
+            resolve(dataclasses.replace(Config(), model=ModelConfig(**SMALL_MODEL | changes)), {})
         assert words in str(caught.value)
     model = ModelConfig(**SMALL_MODEL | {"layer_heads": (2, 4), "layer_kv_heads": (1, 2)})
     with pytest.raises(UserError, match="`mesh.tensor`=2 does not divide `model.num_kv_heads`=1; use a divisor"):
-        resolve(dataclasses.replace(Config(), model=model), (1, 1, 2))
+        resolve(dataclasses.replace(Config(), model=model), {"tensor": 2})
 
 
 def test_arithmetic_is_counted_layer_by_layer():

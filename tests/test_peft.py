@@ -49,7 +49,7 @@ def trained(directory, lora, vocab_size=0, steps=1, mesh=None):
     )  # fmt: skip
     if vocab_size:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    factory = state_factory(resolve(config, mesh.devices.shape), mesh, steps)
+    factory = state_factory(resolve(config, mesh.shape), mesh, steps)
     state, step = factory.create(), make_train_step(factory, steps)
     for _ in range(steps):
         state, metrics = step(state, one_batch(mesh.size, mesh))

@@ -13,10 +13,11 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llm_jepa_jax.config import freeze
+from llm_jepa_jax.config import MeshConfig, freeze
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.main import parse, run
 from llm_jepa_jax.models import transformer
+from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.plan import hlo, work
 from llm_jepa_jax.plan.chips import CHIPS
 from llm_jepa_jax.plan.compiled import Compiled, bytes_needed, compile_step
@@ -80,7 +81,7 @@ def test_a_wrong_topology_is_one_line_with_the_fix(name, word, tmp_path):
 def test_memory_of_the_state_is_the_sum_of_its_leaves():
     """On a mesh of eight, by fields; each leaf counts what one device holds of it."""
     config = preset("--config=configs/llama8b.py:smoke", "--config.model.vocab_size=512")
-    mesh = Mesh(np.asarray(jax.devices()).reshape(1, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     state = state_factory(config, mesh, 10).abstract
     found = state_bytes(state)
     local = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)]
@@ -233,7 +234,11 @@ def planned(tmp_path_factory):
 
 def test_a_plan_for_cpus_through_the_command_line(planned):
     result, workdir = planned
-    assert result["fits"] and result["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and result["override"] == ""
+    assert (
+        result["fits"]
+        and result["mesh"] == {"slice": 1, "data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+        and result["override"] == ""
+    )
     assert result["estimated_step_s"] is None  # nobody knows this CPU's peak
     assert {tuple(each["axes"]) for each in result["exchanges"]} >= {("fsdp",), ("tensor",)}
     assert sum(result["hbm_by_kind_gib"].values()) == pytest.approx(result["hbm_gib"], abs=0.01)

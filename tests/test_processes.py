@@ -132,20 +132,20 @@ CHILD = """
 import json, pathlib, sys
 import jax, numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from llm_jepa_jax.checkpoint import safetensors
 from llm_jepa_jax.checkpoint.hf_directory import open_directory
 from llm_jepa_jax.checkpoint.hf_export import ExportSettings, export
 from llm_jepa_jax.checkpoint.hf_import import read_parameters
 from llm_jepa_jax.config import MeshConfig
-from llm_jepa_jax.parallel.mesh import AXES, make_mesh
+from llm_jepa_jax.parallel.mesh import AXES, AXIS_TYPES, make_mesh
 from llm_jepa_jax.parallel.processes import joined
 from llm_jepa_jax.parallel.sharding import row_parts
 directory, out = map(pathlib.Path, sys.argv[1:])
 with joined(None, None, None, 60):
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
     mixed = np.asarray(mesh.devices).reshape(2, 2).T  # every other device is of the other process
-    meshes = [mesh] + [Mesh(mixed.reshape(s), AXES, axis_types=(AxisType.Auto,) * 3) for s in ((4, 1, 1), (2, 1, 2))]
+    meshes = [mesh] + [Mesh(mixed.reshape(s), AXES, axis_types=AXIS_TYPES) for s in ((1, 4, 1, 1, 1), (1, 2, 1, 1, 2))]
     checkpoint, counts, read = open_directory(directory), [], safetensors.read_range
     safetensors.read_range = lambda path, start, count: counts.append(count) or read(path, start, count)
     params = read_parameters(checkpoint, mesh, "float32", checkpoint.model.vocab_size)

@@ -141,5 +141,5 @@ def test_a_layer_has_its_window_or_not_when_it_runs(backend, local):
 )
 def test_structures_that_contradict_themselves_are_refused(changes, words):
     with pytest.raises(UserError) as caught:
-        resolve(dataclasses.replace(Config(), model=ModelConfig(**changes)), (1, 1, 1))
+        resolve(dataclasses.replace(Config(), model=ModelConfig(**changes)), {})
     assert words in str(caught.value)

@@ -21,6 +21,7 @@ from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.adding import run_adding
 from llm_jepa_jax.models.layers import BLOCKS, Cache, Carry, DecoderModule, Decoding, Layout, SeparateLayers
 from llm_jepa_jax.models.ops import ATTENTION, HIDDEN, PRODUCT, rotary_tables, soft_cap
+from llm_jepa_jax.models.weaving import unweave, weave
 from llm_jepa_jax.parallel.sharding import constrain
 
 REMAT_POLICIES = {
@@ -72,7 +73,10 @@ class Decoder(DecoderModule):
             self.weight("head", (width, ids), ("embed", "vocab"), zeros_behind=(0, padding))
         if config.head_bias:
             self.vector("head_bias", (ids + padding,), "bias", 0.0)
-        embedded_RxLxD = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "length", "embed")
+        # From the width that the embedding is stored over to rows and their parts, one axis at a time: XLA does not
+        # find the way by itself, and would put all rows on every device.
+        looked_up = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "whole_length", "looked_up")
+        embedded_RxLxD = constrain(looked_up, "rows", "length", "embed")
         if config.scale_embeddings:
             embedded_RxLxD = embedded_RxLxD * jnp.asarray(config.embed_dim**0.5, self.dtype)
         inner = self._inner_layers()
@@ -194,9 +198,12 @@ def forward_states(
         dtype=dtype, remat=remat, attention=attention, longest_segment=longest_segment, states=states,
         dropout=dropout.share if dropout else 0.0,
     )  # fmt: skip
-    layout = Layout(segments_RxL, branch_end_RxP)
+    length, width = segments_RxL.shape[1], tokens_RxL.shape[1]
+    tokens, positions, branch_end = weave(tokens_RxL, positions_RxL, branch_end_RxP, length)
+    layout = Layout(segments_RxL, branch_end)
     keys = {"dropout": dropout.key} if dropout else {}
-    return decoder.apply({"params": params}, tokens_RxL, positions_RxL, layout, layer_sums=layer_sums, rngs=keys)[0]
+    found, _ = decoder.apply({"params": params}, tokens, positions, layout, layer_sums=layer_sums, rngs=keys)
+    return tuple(unweave(state, length, width) for state in found)
 
 
 def forward(

@@ -16,7 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llm_jepa_jax.models.symbolic import filled, known
-from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
+from llm_jepa_jax.parallel.sharding import (
+    LENGTH_AXIS,
+    PARAMETER_RULES,
+    activation_axes,
+    activation_spec,
+    length_parts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +55,21 @@ def cross_entropy(
     of a row have different indices. `bias_V`, if any, is added to the logits. Logits and everything made from them are
     float32 whatever the type of `hidden`.
     """
-    arrays = (hidden_RxLxD, head_DxV, index_RxM, targets_RxM, weight_RxM, bias_V)
-    return _everywhere(settings, "", bias_V is not None)(*arrays)[0]
+    length = hidden_RxLxD.shape[1]
+    slots = _dealt(length, index_RxM, targets_RxM, weight_RxM)
+    return _everywhere(settings, "", length, bias_V is not None)(hidden_RxLxD, head_DxV, *slots, bias_V)[0]
 
 
 def _forward(
     hidden_RxLxD: Any, head_DxV: Any, index_RxM: Any, targets_RxM: Any, weight_RxM: Any, settings: HeadSettings,
     bias_V: Any,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    slots = (known(array)[0] for array in (index_RxM, targets_RxM, weight_RxM))
     (hidden_RxLxD, _), (head_DxV, head_is_trained), (bias_V, _) = map(known, (hidden_RxLxD, head_DxV, bias_V))
     wanted = "all" if head_is_trained else "hidden"
-    total, *grads = _everywhere(settings, wanted, bias_V is not None)(hidden_RxLxD, head_DxV, *slots, bias_V)
+    length = hidden_RxLxD.shape[1]
+    slots = _dealt(length, *(known(array)[0] for array in (index_RxM, targets_RxM, weight_RxM)))
+    compute = _everywhere(settings, wanted, length, bias_V is not None)
+    total, *grads = compute(hidden_RxLxD, head_DxV, *slots, bias_V)
     by_hidden, by_head, by_bias = (*grads, None, None)[:3]
     by_head = None if by_head is None else by_head.astype(head_DxV.dtype)
     return total, (by_hidden, by_head, None if by_bias is None else by_bias.astype(bias_V.dtype))
@@ -75,19 +84,35 @@ def _backward(settings: HeadSettings, grads: Any, scale: Any) -> tuple[Any, ...]
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _everywhere(settings: HeadSettings, gradients: str, with_bias: bool) -> Any:
+def _dealt(length: int, *slots_RxM: jax.Array) -> tuple[jax.Array, ...]:
+    """The slots, dealt in turn to the parts that a row is cut into, so that all have as many used ones."""
+    parts = length_parts(length)
+    if parts == 1:
+        return slots_RxM
+
+    def deal(slots_RxM: jax.Array) -> jax.Array:
+        rows, num_slots = slots_RxM.shape
+        even = jnp.pad(slots_RxM, ((0, 0), (0, -num_slots % parts)))  # a free slot has weight 0
+        return even.reshape(rows, -1, parts).swapaxes(1, 2).reshape(rows, -1)
+
+    return tuple(map(deal, slots_RxM))
+
+
+def _everywhere(settings: HeadSettings, gradients: str, length: int, with_bias: bool) -> Any:
     """The local computation on every device of the mesh: gradients of the head are added up once, behind the loop.
-    `gradients` are `all`, those by `hidden` states, or none at all (empty).
+    `gradients` are `all`, those by `hidden` states, or none at all (empty). Where rows of this length are cut into
+    parts, a device gathers them whole and takes its share of their targets.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return functools.partial(_local, settings=settings, gradients=gradients, sharded=False)
-    rows = PartitionSpec(ACTIVATION_RULES["rows"])
+        return functools.partial(_local, settings=settings, gradients=gradients)
+    cut = length_parts(length) > 1
+    rows = activation_spec("rows", "length" if cut else None)
     vocabulary = PARAMETER_RULES["vocab"]
     bias = PartitionSpec(vocabulary) if with_bias else None
     out_specs = (PartitionSpec(), rows, PartitionSpec(PARAMETER_RULES["embed"], vocabulary), bias)
     return jax.shard_map(
-        functools.partial(_local, settings=settings, gradients=gradients, sharded=True),
+        functools.partial(_local, settings=settings, gradients=gradients, rows=activation_axes("rows"), cut=cut),
         in_specs=(rows, PartitionSpec(None, vocabulary), rows, rows, rows, bias),
         out_specs=out_specs[: {"all": 4, "hidden": 2, "": 1}[gradients]],
         check_vma=False,
@@ -104,9 +129,16 @@ def _local(
     *,
     settings: HeadSettings,
     gradients: str,
-    sharded: bool,
+    rows: tuple[str, ...] = (),
+    cut: bool = False,
 ) -> tuple[Any, ...]:
-    """One device's rows against its part of the vocabulary: the sum, and the gradients if they are wanted."""
+    """One device's targets against its part of the vocabulary: the sum, and the gradients if they are wanted. `rows`
+    are the mesh axes that rows are cut over (none: there is no mesh); `cut`: they are cut along their length too.
+    """
+    sharded = bool(rows)
+    if cut:
+        rows = (*rows, LENGTH_AXIS)
+        hidden_RxLxD = jax.lax.all_gather(hidden_RxLxD, LENGTH_AXIS, axis=1, tiled=True)
     hidden_NxD = hidden_RxLxD.reshape(-1, hidden_RxLxD.shape[-1])
     head_DxV = head_DxV.astype(hidden_NxD.dtype)
     slots, num_targets, size = _used_first(hidden_RxLxD.shape[1], index_RxM, targets_RxM, weight_RxM, settings.chunk)
@@ -139,13 +171,12 @@ def _local(
         zeros_V = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
         zeros += (jnp.zeros(head_DxV.shape, jnp.float32), zeros_V)
     total, *grads = jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros)
-    total = jax.lax.psum(total, ACTIVATION_RULES["rows"]) if sharded else total
     dhidden = [grad.reshape(hidden_RxLxD.shape) for grad in grads[:1]]
-    of_head = grads[1:]
-    if sharded and of_head:
-        dbias_V = jax.tree.map(lambda grad: jax.lax.psum(grad, ACTIVATION_RULES["rows"]), of_head[1])
-        of_head = [_over_rows(of_head[0].astype(hidden_NxD.dtype)), dbias_V]
-    return total, *dhidden, *of_head
+    if cut:
+        dhidden = [jax.lax.psum_scatter(grad, LENGTH_AXIS, scatter_dimension=1, tiled=True) for grad in dhidden]
+    if not sharded:
+        return total, *dhidden, *grads[1:]
+    return jax.lax.psum(total, rows), *dhidden, *_over_rows(grads[1:], rows, hidden_NxD.dtype)
 
 
 def _used_first(
@@ -207,7 +238,15 @@ def _over_vocabulary(collective: Any, value: jax.Array, sharded: bool) -> jax.Ar
     return collective(value, PARAMETER_RULES["vocab"]) if sharded else value
 
 
-def _over_rows(dhead_DxV: jax.Array) -> jax.Array:
-    """The head's gradient over all rows, in the compute type as those of layers; a device keeps what it stores."""
-    dhead_DxV = jax.lax.psum(dhead_DxV, "data")
-    return jax.lax.psum_scatter(dhead_DxV, PARAMETER_RULES["embed"], scatter_dimension=0, tiled=True)
+def _over_rows(of_head: list[Any], rows: tuple[str, ...], dtype: Any) -> list[Any]:
+    """The gradients of head and bias (if any) over these axes, each device keeping what it stores of the head.
+
+    The head's is added in the compute type, as those of layers are.
+    """
+    if not of_head:
+        return []
+    (dhead_DxV, dbias_V), stored = of_head, PARAMETER_RULES["embed"] or ()
+    # The small part travels further: first what is scattered, which stays inside a slice.
+    dhead_DxV = jax.lax.psum_scatter(dhead_DxV.astype(dtype), stored, scatter_dimension=0, tiled=True)
+    dhead_DxV = jax.lax.psum(dhead_DxV, tuple(axis for axis in rows if axis not in stored))
+    return [dhead_DxV, None if dbias_V is None else jax.lax.psum(dbias_V, rows)]

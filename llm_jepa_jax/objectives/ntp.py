@@ -19,9 +19,10 @@ def ntp_sum(inputs: Inputs) -> jax.Array:
     batch, config = inputs.batch, inputs.config
     num_ids = inputs.num_ids if inputs.num_ids < inputs.head_DxV.shape[1] else 0
     settings = HeadSettings(config.head_chunk, config.ntp.z_loss, inputs.soft_cap, num_ids)
+    last_RxLxD = inputs.last_RxTxD[:, : batch.segments.shape[1]]  # branches have no targets
     with jax.named_scope("ntp_loss"):
         return cross_entropy(
-            inputs.last_RxTxD, inputs.head_DxV, batch.target_index, batch.targets, batch.target_weight, settings,
+            last_RxLxD, inputs.head_DxV, batch.target_index, batch.targets, batch.target_weight, settings,
             inputs.head_bias_V,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from llm_jepa_jax.batch import Batch
 from llm_jepa_jax.models.transformer import State
 from llm_jepa_jax.objective_config import ObjectiveConfig, TermConfig, VectorsConfig
+from llm_jepa_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,8 @@ def scale(config: TermConfig, step: jax.Array | int, num_steps: int) -> jax.Arra
 
 def gather(array_RxLxD: jax.Array, index_RxM: jax.Array) -> jax.Array:
     """`out[r, m] = array[r, index[r, m]]`, shape [R, M, D]."""
+    # XLA aborts on taking places from rows that are cut, within a part of the mesh that is cut by hand (jaxlib 0.10.2).
+    array_RxLxD = constrain(array_RxLxD, "rows", "whole_length", "embed")
     return jnp.take_along_axis(array_RxLxD, index_RxM[:, :, None], axis=1)
 
 

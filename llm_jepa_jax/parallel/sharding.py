@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two tables from logical axis names to mesh axes: how parameters are stored, and how activations are computed."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,9 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llm_jepa_jax.batch import FIELDS, Batch, RowShape, abstract_batch
 
-PARAMETER_RULES: dict[str, str | None] = {
+LENGTH_AXIS = "context"
+
+PARAMETER_RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
-    "embed": "fsdp",
+    "embed": (LENGTH_AXIS, "fsdp"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
@@ -21,19 +24,24 @@ PARAMETER_RULES: dict[str, str | None] = {
     "predicted": None,
     "rank": None,
 }
-"""Storage: every matrix is cut over fsdp along its model width and over tensor along the other side."""
+"""Storage: every matrix is cut over fsdp and context along its model width and over tensor along the other side."""
 
 ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
-    "rows": ("data", "fsdp"),
+    "rows": ("slice", "data", "fsdp"),
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    "length": None,
+    "length": LENGTH_AXIS,
+    "whole_length": None,
+    "looked_up": LENGTH_AXIS,
     "embed": None,
     "head_dim": None,
     "layers": None,
 }
-"""Computation: rows over the batch axes; inside a block heads and mlp over tensor."""
+"""Computation: rows over the batch axes, their tokens over context; inside a block heads and mlp over tensor."""
+
+REPLICAS = ("slice", "data")
+"""Axes whose devices hold the same part of every parameter: what the gradient is added up over as a whole."""
 
 
 def parameter_spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
@@ -44,7 +52,7 @@ def parameter_spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
         KeyError: a logical axis is not in `PARAMETER_RULES`.
     """
     mesh_axes = [PARAMETER_RULES[axis] for axis in logical_axes]
-    used = [axis for axis in mesh_axes if axis]
+    used = [axis for axes in mesh_axes for axis in ((axes,) if isinstance(axes, str) else axes or ())]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {logical_axes} share a mesh axis: {mesh_axes}")
     return PartitionSpec(*mesh_axes)
@@ -73,12 +81,37 @@ def placed_batch(mesh: Mesh, num_rows: int, shape: RowShape) -> Batch:
     return placed(shapes, jax.tree.map(lambda _: rows_sharding(mesh), shapes))
 
 
+def activation_axes(logical_axis: str) -> tuple[str, ...]:
+    """The mesh axes of an activation's axis, without those that a `shard_map` around this code has divided already."""
+    axes = ACTIVATION_RULES[logical_axis]
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if axis not in manual)
+
+
+def activation_spec(*logical_axes: str | None) -> PartitionSpec:
+    """The spec of an activation inside a jitted function; None: an axis that is not divided."""
+    return PartitionSpec(*(axis and (activation_axes(axis) or None) for axis in logical_axes))
+
+
+def length_parts(length: int) -> int:
+    """Into how many parts the mesh in use cuts rows of so many tokens.
+
+    Training's rows are checked to divide. Prompts and answers, which come in every length, lie whole where they do not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape[LENGTH_AXIS]
+    return 1 if length % parts else parts
+
+
 def constrain(array: jax.Array, *logical_axes: str) -> jax.Array:
     """Pins an activation's sharding inside a jitted function; nothing outside a mesh (`jax.set_mesh`)."""
     if jax.sharding.get_abstract_mesh().empty:
         return array
-    spec = PartitionSpec(*(ACTIVATION_RULES[axis] for axis in logical_axes))
-    return jax.lax.with_sharding_constraint(array, spec)
+    axes = [
+        None if axis == "length" and length_parts(size) == 1 else axis
+        for axis, size in zip(logical_axes, array.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(array, activation_spec(*axes))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
@@ -93,7 +126,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def num_row_shards(mesh: Mesh) -> int:
     """How many parts the rows axis is cut into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in ACTIVATION_RULES["rows"] or ())
 
 
 def row_parts(mesh: Mesh) -> tuple[int, ...]:

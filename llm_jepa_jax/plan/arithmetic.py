@@ -36,14 +36,15 @@ class Sizes:
     rows: float
     tensor: int
     fsdp: int
+    """Devices that a copy of the parameters is stored over, beside `tensor`: those of `fsdp` and of `context`."""
     data: int
     parts: int
 
 
 def sizes_of(config: Config, shape: RowShape, mesh: dict[str, int]) -> Sizes:
     """What one device computes of one micro-batch."""
-    tensor, fsdp = mesh.get("tensor", 1), mesh.get("fsdp", 1)
-    data = math.prod(size for axis, size in mesh.items() if axis not in ("tensor", "fsdp"))
+    tensor, fsdp = mesh.get("tensor", 1), mesh.get("fsdp", 1) * mesh.get("context", 1)
+    data = math.prod(size for axis, size in mesh.items() if axis not in ("tensor", "fsdp", "context"))
     parts = config.train.micro_batches
     rows = config.data.rows_per_step / parts / (data * fsdp)
     return Sizes(rows * shape.width, rows * shape.target_slots, rows, tensor, fsdp, data, parts)
@@ -93,9 +94,12 @@ def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Link
     layers = 2.0 * size.tokens * model.num_layers * weights / size.tensor
     head = 2.0 * num_products * size.targets * model.embed_dim * model.vocab_size / size.tensor
     timeline.product_flops = size.parts * (layers + head)
-    block = block_sizes(shape.length, shape.longest_segment).block_q if shape.length % 128 == 0 else 64
+    context = mesh.get("context", 1)
+    part = shape.length // context  # the last one's work is every one's
     seen = shape.longest_segment if chip.attention.skips_segments else shape.length
-    pairs = size.rows * model.num_heads / size.tensor * visited(shape.length, seen, block)
+    block = block_sizes(part, shape.longest_segment).block_q if part % 128 == 0 else 64
+    places = visited(part, seen, block, shape.length - part)
+    pairs = size.rows * context * model.num_heads / size.tensor * places
     kept = remat == "none" or (remat != "full" and chip.platform == "tpu")
     passes = {"fwd": 2.0 if kept else 4.0, "bwd": 7.0}
     kernels = {name: 2.0 * model.head_dim * pairs * products * model.num_layers for name, products in passes.items()}
@@ -114,22 +118,36 @@ def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Link
         timeline.kernels = size.parts * sum(
             flops / (chip.peak * share) for flops, share in zip(kernels.values(), shares, strict=True)
         )
-    _add_exchanges(timeline, config, size, links, mesh, width)
+    _add_exchanges(timeline, config, shape, size, links, mesh, width)
     return timeline
 
 
 def _add_exchanges(
-    timeline: Timeline, config: Config, size: Sizes, links: Links, mesh: dict[str, int], width: int
+    timeline: Timeline,
+    config: Config,
+    shape: RowShape,
+    size: Sizes,
+    links: Links,
+    mesh: dict[str, int],
+    width: int,
 ) -> None:
     model = config.model
     weights = (model.num_layers * layer_weights(model) + model.embed_dim * model.vocab_size) / size.tensor
     trained = count_params(abstract_adapters(config)[0]) if config.lora.rank else weights
     residual = size.tokens * model.embed_dim * width
     again = config.train.remat != "none"
+    context = mesh.get("context", 1)
+    part = shape.length // context
+    back = min(context - 1, math.ceil((shape.longest_segment or shape.length) / part))
+    keys = 2.0 * back * size.tokens * model.num_kv_heads * model.head_dim / size.tensor * width
     exchanges = {
         ("fsdp", "all-gather"): (2 * weights * width * size.parts, 2 * model.num_layers * size.parts),
         ("fsdp", "reduce-scatter"): (trained * width * size.parts, model.num_layers * size.parts),
         ("data", "all-reduce"): (trained / size.fsdp * 4, model.num_layers),
+        ("slice", "all-reduce"): (trained / size.fsdp * 4, model.num_layers),
+        ("context", "collective-permute"): (
+            keys * model.num_layers * (3 if again else 2) * size.parts, 4 * back * model.num_layers * size.parts,
+        ),
         ("tensor", "all-reduce"): (
             residual * model.num_layers * (6 if again else 4) * size.parts, 4 * model.num_layers * size.parts,
         ),

@@ -29,10 +29,12 @@ class Kernel:
         return self.flops / (chip.peak * share) if chip.peak else 0.0
 
 
-def visited(length: int, reach: int, block: int) -> int:
-    """Pairs of places in the blocks that causal attention over `reach` tokens visits in a row of `length`."""
+def visited(length: int, reach: int, block: int, before: int = 0) -> int:
+    """Pairs of places in the blocks that causal attention over `reach` tokens visits in a row of `length`, or in a part
+    of one that has so many places before it.
+    """
     total = 0
-    for query in range(0, length, block):
+    for query in range(before, before + length, block):
         first = max(0, (query - (reach - 1)) // block * block)
         total += (query + block - first) * block
     return total
@@ -47,7 +49,9 @@ def attention_kernel(computation: Computation, instruction: Instruction, reach: 
     *batch, heads, length, width = query.sizes
     rows = math.prod(batch)
     block = BLOCK_SIZE.search(instruction.rest)
-    pairs = rows * heads * visited(length, min(reach or length, length), int(block.group(1)) if block else 512)
+    keys = max(array.sizes[-2] for array in operands if len(array.sizes) >= 3 and array.sizes[-1] == width)
+    size = int(block.group(1)) if block else 512
+    pairs = rows * heads * visited(length, min(reach or keys, keys), size, keys - length)
     part = next((name for name in ("fwd", "dq", "dkv") if name in instruction.name), "fwd")
     if part == "dkv" and 'use_fused_bwd_kernel\\": true' in instruction.rest:
         part = "fused"

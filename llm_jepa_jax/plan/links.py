@@ -73,8 +73,8 @@ class Links:
         together = len(places) / (len(chips) * slices)
         share = together / chip.per_chip
         bandwidth = links * chip.link * share if links else 6 * chip.link  # dies of one chip: six links' worth
-        name = "ICI " + (" x ".join(names) or "within a chip")
-        name += f", DCN of {slices} slices" if slices > 1 else ""
+        inside = [] if len(chips) == 1 and slices > 1 else ["ICI " + (" x ".join(names) or "within a chip")]
+        name = ", ".join(inside + [f"DCN of {slices} slices"] * (slices > 1))
         return Route(axes, name, len(group), bandwidth, hops, slices, chip.dcn, longest)
 
     def _node_route(self, axes: tuple[str, ...], size: int, nodes: int) -> Route:

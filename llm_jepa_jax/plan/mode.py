@@ -12,6 +12,7 @@ from rich.console import Console
 
 from llm_jepa_jax.config import Config, freeze
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.plan import shardings
 from llm_jepa_jax.plan.chips import GIB
 from llm_jepa_jax.plan.picture import draw
 from llm_jepa_jax.plan.report import KINDS, as_dict, show
@@ -25,7 +26,7 @@ from llm_jepa_jax.plan.topology import (
     prepare_environment,
 )
 from llm_jepa_jax.resolve import resolve
-from llm_jepa_jax.vocabulary import with_vocabulary
+from llm_jepa_jax.vocabulary import padded, padding_line, with_vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class PlanFlags:
     chip_hour_price: float = 0.0
     """0: costs are chip-hours."""
     assumed: Assumptions = Assumptions()
+    verbose: bool = False
+    """Show where every array of the state lies."""
 
 
 def plan(values: ml_collections.ConfigDict, workdir: pathlib.Path, asked: PlanFlags) -> dict[str, Any]:
@@ -56,18 +59,26 @@ def plan(values: ml_collections.ConfigDict, workdir: pathlib.Path, asked: PlanFl
     shape = step_shape(config, asked.assumed)
     chosen, compared = _candidates(config, shape, topology, asked)
     result = as_dict(chosen, config, shape, topology, asked.assumed, asked.chip_hour_price, compared)
-    show(result, chosen.memory, Console())
+    console = Console()
+    show(result, chosen.memory, console)
+    placed = shardings.shardings(chosen.config, chosen.mesh)
+    if asked.verbose:
+        shardings.show(placed, console)
+    result["warnings"] = shardings.warnings(placed, chosen.mesh)
+    for line in filter(None, [padding_line(chosen.config.model), *result["warnings"]]):
+        console.print(line, highlight=False)
     workdir.mkdir(parents=True, exist_ok=True)
     result["picture"] = str(workdir / "plan.png")
     draw(result, [(_name(each), _gib(each)) for each in compared], workdir / "plan.png")
-    (workdir / "plan.json").write_text(json.dumps(result, indent=1) + "\n")
+    written = result | {"shardings": [dataclasses.asdict(each) for each in placed]}
+    (workdir / "plan.json").write_text(json.dumps(written, indent=1) + "\n")
     return result
 
 
 def plan_from_flags(values: flags.FlagValues, workdir: pathlib.Path) -> dict[str, Any]:
     """`plan` as the command line asks for it."""
     assumed = Assumptions(values.examples_per_row, values.longest_segment, values.epoch_tokens)
-    asked = PlanFlags(values.topology, values.search, values.compiles, values.chip_hour_price, assumed)
+    asked = PlanFlags(values.topology, values.search, values.compiles, values.chip_hour_price, assumed, values.verbose)
     return plan(values.config, workdir, asked)
 
 
@@ -77,7 +88,8 @@ def _candidates(config: Config, shape: Any, topology: Topology, asked: PlanFlags
     devices = compile_devices(topology)
     if not asked.search or not topology.chip.peak:  # without a peak nothing is faster than anything else
         mesh = plan_mesh(config.mesh, topology, devices)
-        only = by_arithmetic(resolve(config, mesh.axis_sizes), shape, topology, mesh)
+        config = dataclasses.replace(config, model=padded(config.model, mesh.shape["tensor"]))
+        only = by_arithmetic(resolve(config, mesh.shape), shape, topology, mesh)
         only = by_compiler(only, shape, topology) if compiler else only
         return only, [only]
     if compiler:

@@ -82,7 +82,8 @@ class Walk:
         self._module, self._chip, self._links = module, chip, links
         self._num_devices, self._reach, self._trips = num_devices, reach, trips
         self.timeline = Timeline()
-        self._now = self._link_free = 0.0
+        self._now = 0.0
+        self._free = {"ICI": 0.0, "DCN": 0.0}  # when each has done what was begun
 
     def run(self) -> Timeline:
         """The step."""
@@ -174,8 +175,8 @@ class Walk:
         """A stage of an exchange that several fusions drive; whether it was one. `driven`: seconds left, by channel."""
         stage, channel = stage_of(self._module, instruction) or ("", "")
         if stage == "Start":
-            seconds, key = self._count(collective, times)
-            driven[channel] = max(0.0, self._link_free - self._now) + seconds, key
+            seconds, key, network = self._count(collective, times)
+            driven[channel] = max(0.0, self._free[network] - self._now) + seconds, key
         elif channel not in driven:
             return False
         elif stage == "Step":
@@ -186,8 +187,8 @@ class Walk:
             self._wait(self._now + left, key, times)
         return True
 
-    def _count(self, collective: Collective, times: int) -> tuple[float, tuple[tuple[str, ...], str, str]]:
-        """Adds an exchange to the traffic: its seconds, and where it is counted."""
+    def _count(self, collective: Collective, times: int) -> tuple[float, tuple[tuple[str, ...], str, str], str]:
+        """Adds an exchange to the traffic: its seconds, where it is counted, and the network it takes."""
         seconds = self._links.seconds(collective)
         route = self._links.route(max(collective.groups, key=len))
         key = (route.axes, route.name, collective.kind)
@@ -195,7 +196,7 @@ class Walk:
         traffic.num_bytes += times * collective.num_bytes
         traffic.seconds += times * seconds
         traffic.count += times
-        return seconds, key
+        return seconds, key, "DCN" if route.slices > 1 else "ICI"
 
     def _exchange(
         self,
@@ -205,15 +206,14 @@ class Walk:
         pending: dict[str, tuple[float, tuple[tuple[str, ...], str, str]]],
         times: int,
     ) -> None:
-        seconds, key = self._count(collective, times)
-        begun = max(self._now, self._link_free)
-        self._link_free = begun + seconds
-        if instruction.opcode.endswith("-start"):
-            pending[instruction.name] = (self._link_free, key)
+        seconds, key, network = self._count(collective, times)
+        done = self._free[network] = max(self._now, self._free[network]) + seconds
+        if instruction.opcode.endswith("-start") or instruction.opcode == "recv":
+            pending[instruction.name] = (done, key)
             return
         if instruction.opcode == "fusion":  # products and an exchange in one: both at a time
             self._core(computation, instruction, times)
-        self._wait(self._link_free, key, times)
+        self._wait(done, key, times)
 
     def _await(
         self,

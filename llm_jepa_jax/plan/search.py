@@ -4,13 +4,13 @@
 import dataclasses
 import itertools
 import logging
-import math
 from typing import Any
 
 from llm_jepa_jax.batch import RowShape
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.flops import model_flops
+from llm_jepa_jax.parallel.sharding import num_row_shards
 from llm_jepa_jax.plan.arithmetic import memory_of, timeline_of
 from llm_jepa_jax.plan.compiled import NUM_STEPS, TooLarge, compile_step, gib
 from llm_jepa_jax.plan.links import mesh_links
@@ -93,10 +93,9 @@ def by_compiler(candidate: Candidate, shape: RowShape, topology: Topology) -> Ca
 def candidates(config: Config, shape: RowShape, topology: Topology, devices: Any) -> list[Candidate]:
     """All ways to run the configuration that its checks allow, by arithmetic: the fastest that fits first."""
     found = []
-    chosen = ("data", "fsdp", "tensor")
-    fixed = [getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh) if field.name not in chosen]
+    fixed = (topology.told or max(1, config.mesh.slices)) * max(1, config.mesh.context)
     for fsdp, tensor in itertools.product(SIZES, TENSOR_SIZES):
-        taken = fsdp * tensor * math.prod(fixed)
+        taken = fsdp * tensor * fixed
         if topology.num_devices % taken:
             continue
         wanted = dataclasses.replace(config.mesh, data=topology.num_devices // taken, fsdp=fsdp, tensor=tensor)
@@ -117,7 +116,7 @@ def _order(candidate: Candidate) -> tuple[bool, float]:
 def _on_mesh(config: Config, shape: RowShape, topology: Topology, mesh: Any) -> list[Candidate]:
     """The candidates of one mesh."""
     found, state = [], None
-    rows = config.data.rows_per_step // (mesh.size // mesh.shape["tensor"])
+    rows = config.data.rows_per_step // num_row_shards(mesh)
     parts = [part for part in (1, 2, 4, 8, 16, 32) if rows and rows % part == 0]
     chunks = sorted({config.objective.head_chunk, *CHUNKS}) if topology.chip.peak else [config.objective.head_chunk]
     for part, remat, chunk in itertools.product(parts, ("none", "dots", "hidden", "full"), chunks):
@@ -127,7 +126,7 @@ def _on_mesh(config: Config, shape: RowShape, topology: Topology, mesh: Any) -> 
             objective=dataclasses.replace(config.objective, head_chunk=chunk),
         )
         try:
-            resolve(changed, mesh.axis_sizes)
+            resolve(changed, mesh.shape)
         except UserError:
             continue
         state = state or state_factory(changed, mesh, NUM_STEPS).abstract

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Topologies by name: `v5p:4x4x4`, `v6e:16x16`, `tpu7x:4x4x8`, `cpu:8`, `gpu:h100x64`."""
+"""Topologies by name: `v5p:4x4x4`, `v6e:16x16`, `tpu7x:4x4x8`, `v5p:4x4x4*2` (two slices), `cpu:8`, `gpu:h100x64`."""
 
 import contextlib
 import dataclasses
@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from llm_jepa_jax.config import MeshConfig
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.parallel.mesh import AXES, make_mesh, mesh_shape
+from llm_jepa_jax.parallel.mesh import AXES, AXIS_TYPES, make_mesh, mesh_shape
 from llm_jepa_jax.plan.chips import CHIPS, Chip
 
-FORMS = "v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x8, cpu:8 or gpu:h100x64"
+FORMS = "v4:4x4x4, v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x8, v5p:4x4x4*2 (two slices), cpu:8 or gpu:h100x64"
+MOST_SLICES = 256
+"""More than any job has had; the compiler would describe as many devices."""
 SHAPE = re.compile(r"\d+(x\d+)*")
 USUAL = {
     2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -41,16 +43,24 @@ class Topology:
     name: str
     chip: Chip
     shape: tuple[int, ...]
-    """Chips along each dimension of the torus; their number alone where there is none."""
+    """Chips along each dimension of a slice's torus; their number alone where there is none."""
+    slices: int = 1
+    """Slices of this shape, with the data-centre network in between."""
 
     @property
     def num_devices(self) -> int:
-        """Devices as JAX counts them."""
-        return math.prod(self.shape) * self.chip.per_chip
+        """Devices of all slices, as JAX counts them."""
+        return self.num_chips * self.chip.per_chip
 
     @property
     def num_chips(self) -> int:
-        return math.prod(self.shape)
+        """Chips of all slices."""
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def told(self) -> int:
+        """How many slices its devices say they are (`parallel.mesh.mesh_shape`)."""
+        return self.slices if self.chip.platform == "tpu" else 0
 
     def wraps(self, dimension: int) -> bool:
         """Whether the ends of a dimension are linked: whole cubes of 4 (3-D), or 16 chips in a row (2-D)."""
@@ -82,6 +92,11 @@ def parse_topology(name: str) -> Topology:
 
 def _slice(name: str, chip: Chip, rest: str) -> Topology:
     usual = ", ".join(f"{chip.name}:{shape}" for shape in USUAL[chip.torus])
+    rest, star, count = rest.partition("*")
+    if star and not (count.isdigit() and 2 <= int(count) <= MOST_SLICES):
+        raise UserError(
+            f"--topology={name}: `*{count}` is no number of slices; use 2 to {MOST_SLICES}, as in {chip.name}:{rest}*2"
+        )
     if not SHAPE.fullmatch(rest):
         raise UserError(f"--topology={name}: `{rest}` is no shape; use one such as {usual}")
     shape = tuple(int(size) for size in rest.split("x"))
@@ -91,7 +106,7 @@ def _slice(name: str, chip: Chip, rest: str) -> Topology:
         raise UserError(f"--topology={name}: hosts are 2x2 chips, so the first two sizes are even; use {usual}")
     if math.prod(shape) > chip.largest:
         raise UserError(f"--topology={name}: the largest {chip.name} slice has {chip.largest} chips; use {usual}")
-    return Topology(name, chip, shape)
+    return Topology(name, chip, shape, int(count) if star else 1)
 
 
 def _gpus(name: str, rest: str) -> Topology:
@@ -144,7 +159,12 @@ def compile_devices(topology: Topology) -> Sequence[Any]:
     from jax.experimental.topologies import get_topology_desc
 
     try:
-        description = get_topology_desc(platform=chip.platform, topology_name=topology.name, **dict(chip.options))
+        description = get_topology_desc(
+            platform=chip.platform,
+            topology_name=topology.name.partition("*")[0],
+            num_slices=topology.slices,
+            **dict(chip.options),
+        )
     except Exception as error:  # the plugin's own error type is private
         raise UserError(f"--topology={topology.name}: the TPU compiler refuses it: {_first_line(error)}") from error
     return description.devices
@@ -162,11 +182,11 @@ def plan_mesh(config: MeshConfig, topology: Topology, devices: Sequence[Any]) ->
     """
     if topology.chip.platform == "gpu":
         sizes = mesh_shape(config, topology.num_devices)
-        return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return AbstractMesh(sizes, AXES, axis_types=AXIS_TYPES)
     try:
         return make_mesh(config, devices)
     except (NotImplementedError, ValueError) as error:
-        words = " x ".join(str(size) for size in mesh_shape(config, topology.num_devices))
+        words = " x ".join(str(size) for size in mesh_shape(config, topology.num_devices, topology.told))
         raise UserError(
             f"--topology={topology.name}: a mesh of {words} devices cannot be laid on its torus; make each axis a "
             f"product of some of its sizes {topology.shape}"

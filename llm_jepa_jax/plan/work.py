@@ -10,11 +10,12 @@ from llm_jepa_jax.plan.hlo import Array, Computation, Instruction, Module
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
-    "optimization-barrier", "opt-barrier",
+    "optimization-barrier", "opt-barrier", "send", "send-done",
 }  # fmt: skip
 """They move nothing."""
 NOTHING_MOVED = re.compile(r'custom_call_target="(AllocateBuffer|AssumeGatherIndicesInBound|ConcatBitcast)"')
 """Calls that give memory a name: what they return is written by others, or lies there already."""
+BETWEEN_SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}x[^"]*",_xla_megascale_transfer_type="([A-Z_]+)"')
 GROUPS_OF_MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[[^)]*(?:\([\d,]*\))?)\))? \{([^}]*)\}"
 )
@@ -50,6 +51,8 @@ def collective_of(module: Module, instruction: Instruction, num_devices: int) ->
         out = sum(array.num_bytes for array in instruction.arrays)
         scattered = inner.kind == "all-reduce" and out < inner.num_bytes
         return dataclasses.replace(inner, kind="reduce-scatter") if scattered else inner
+    if opcode == "recv":
+        return _between_slices(instruction, num_devices)
     if opcode not in COLLECTIVES:
         return None
     pairs = PAIRS.search(instruction.rest)
@@ -61,6 +64,17 @@ def collective_of(module: Module, instruction: Instruction, num_devices: int) ->
     if opcode == "reduce-scatter":
         total *= len(groups[0])
     return Collective(opcode, total, groups)
+
+
+def _between_slices(instruction: Instruction, num_devices: int) -> Collective | None:
+    """What a TPU's hosts exchange between slices: a send to them and a receive, which is counted."""
+    found = BETWEEN_SLICES.search(instruction.rest)
+    if not found:
+        return None
+    spans = [span.partition(":") for span in found.group(1).split(",")]
+    slices = sum(int(last or first) - int(first) + 1 for first, _, last in spans)
+    group = tuple(range(0, num_devices, num_devices // slices))
+    return Collective(found.group(2).lower().replace("_", "-"), instruction.arrays[0].num_bytes, (group,))
 
 
 def _inside(module: Module, computation: Computation, num_devices: int) -> Collective | None:

@@ -2,6 +2,7 @@
 """The one jitted step: both losses, accumulation over micro-batches, one update."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,15 @@ from llm_jepa_jax.objectives.parameters import abstract_parameters
 from llm_jepa_jax.objectives.term import Inputs
 from llm_jepa_jax.objectives.total import enabled, term_scales, term_weights, total_loss, wanted_states
 from llm_jepa_jax.parallel.compiler_options import compiler_options
-from llm_jepa_jax.parallel.sharding import ACTIVATION_RULES, is_axes, parameter_spec, replicated, rows_sharding
+from llm_jepa_jax.parallel.sharding import (
+    LENGTH_AXIS,
+    REPLICAS,
+    activation_spec,
+    is_axes,
+    parameter_spec,
+    replicated,
+    rows_sharding,
+)
 from llm_jepa_jax.resolve import attention_backend
 from llm_jepa_jax.train.optimizer import learning_rate
 from llm_jepa_jax.train.state import StateFactory, TrainState
@@ -42,6 +51,8 @@ class Part:
     key: jax.Array
     longest_segment: int
     attention: str
+    num_rows: int
+    """Of the whole step."""
     frozen: Any = None
     """The parameters that are not trained."""
     micro_batch: jax.Array | int = 0
@@ -78,15 +89,14 @@ def loss_and_aux(params: Any, batch: Batch, part: Part, layer_sums: Any = None) 
     pairs = pair_embeddings(inputs.vectors(objective.jepa), batch, objective.jepa)
     text_RxPxD, code_RxPxD = jax.lax.stop_gradient(pairs if objective.jepa.source == "text" else pairs[::-1])
     cos_sum = jnp.sum(cosine(text_RxPxD, code_RxPxD) * batch.pair_weight)
-    rows = batch.pair_weight.shape[0] * config.train.micro_batches
-    slots = min(batch.pair_weight.shape[1], -(-DIAGNOSTIC_PAIRS // rows))
+    slots = min(batch.pair_weight.shape[1], -(-DIAGNOSTIC_PAIRS // part.num_rows))
     pairs = (text_RxPxD[:, :slots], code_RxPxD[:, :slots], batch.pair_weight[:, :slots])
     return total, {"sums": sums, "cos_sum": cos_sum, "pairs": pairs}
 
 
 def _split(batch: Batch, parts: int) -> Batch:
     """[R, ...] to [parts, R / parts, ...]. Part i takes rows i, i + parts, …, so no row leaves its device."""
-    spec = PartitionSpec(None, ACTIVATION_RULES["rows"])
+    spec = activation_spec(None, "rows")
 
     def split(array: jax.Array) -> jax.Array:
         array = array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1)
@@ -114,11 +124,42 @@ def gradients(
     weights = term_weights(batch, config.objective)
     scales = term_scales(config.objective, step, num_steps)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    rest = Part(config, weights, scales, key, longest_segment, attention, frozen)
-    parts = config.train.micro_batches
-    if parts == 1:
+    rest = Part(config, weights, scales, key, longest_segment, attention, len(batch.segments), frozen)
+    if config.train.micro_batches == 1:
         (total, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, batch, rest)
-        return total, grads, aux, weights
+    else:
+        total, grads, aux = _of_copies(params, batch, rest)
+    return total, grads, aux, weights
+
+
+def _of_copies(params: Any, batch: Batch, rest: Part) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """`_of_parts`, where every copy of the parameters takes its rows for itself: gradients are added up over copies
+    once, behind the last micro-batch. XLA alone would do so in each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    num_copies = math.prod(mesh.shape[axis] for axis in REPLICAS) if not mesh.empty else 1
+    if num_copies == 1:
+        return _of_parts(params, batch, rest)
+
+    def of_copy(params: Any, batch: Batch, number: jax.Array, weights: Any, scales: Any, key: Any, frozen: Any) -> Any:
+        own = dict(weights=weights, scales=scales, key=jax.random.fold_in(key, number[0]), frozen=frozen)
+        total, grads, aux = _of_parts(params, batch, dataclasses.replace(rest, **own))
+        pairs = aux.pop("pairs")
+        return jax.lax.psum((total, grads, aux), REPLICAS), pairs
+
+    whole, cut = PartitionSpec(), PartitionSpec(REPLICAS)
+    run = jax.shard_map(
+        of_copy, in_specs=(whole, cut, cut, *(whole,) * 4), out_specs=(whole, cut), axis_names=set(REPLICAS),
+        check_vma=False,
+    )  # fmt: skip
+    numbers = jnp.arange(num_copies)
+    (total, grads, aux), pairs = run(params, batch, numbers, rest.weights, rest.scales, rest.key, rest.frozen)
+    return total, grads, aux | {"pairs": pairs}
+
+
+def _of_parts(params: Any, batch: Batch, rest: Part) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """Total loss, gradient and metrics parts of these rows, one micro-batch after the other."""
+    config, parts = rest.config, rest.config.train.micro_batches
 
     def add(carry: tuple[jax.Array, Any, Any], part: tuple[Batch, Any]) -> tuple[tuple[jax.Array, Any, Any], Any]:
         rows, number = part
@@ -134,7 +175,7 @@ def gradients(
     zeros = (jnp.zeros((), jnp.float32), _zeros(params, config), aux)
     (total, grads, aux), pairs = jax.lax.scan(add, zeros, (split, jnp.arange(parts)))
     pairs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(parts * x.shape[1], *x.shape[2:]), pairs)
-    return total, grads, aux | {"pairs": pairs}, weights
+    return total, grads, aux | {"pairs": pairs}
 
 
 def _add_gradients(params: Any, sums: Any, part: Batch, rest: Part) -> tuple[tuple[jax.Array, Any], Any]:
@@ -209,13 +250,13 @@ def make_train_step(
         UserError: the mesh's devices do not run the attention back end that the configuration names.
     """
     config, optimizer, mesh = factory.config, factory.optimizer, factory.mesh
-    platform = mesh.devices.flat[0].platform
-    attention_backend(config, platform, config.data.row_length)  # refuses now, not when the step is traced
+    platform, row_parts = mesh.devices.flat[0].platform, mesh.shape[LENGTH_AXIS]
+    attention_backend(config, platform, config.data.row_length, row_parts)  # refuses now, not when the step is traced
     schedule = learning_rate(config.opt, num_steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, factory.abstract)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Any]:
-        attention = attention_backend(config, platform, batch.segments.shape[1])
+        attention = attention_backend(config, platform, batch.segments.shape[1], row_parts)
         run = config if batch.pair_weight.shape[1] else without_pairs(config)
         total, grads, aux, weights = gradients(
             state.params, batch, run, longest_segment, attention, state.step, num_steps, state.frozen

@@ -126,7 +126,7 @@ def step(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argparse.Na
     """One kind of training step."""
     config = config_of(name, args, cache_dir)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    config = resolve(config, mesh.devices.shape)
+    config = resolve(config, mesh.shape)
     data: TrainData = make_train_data(config, tokenizer, source, np.ones(len(source)))
     kind, factory = data.kinds[0], state_factory(config, mesh, 100)
     start = time.perf_counter()

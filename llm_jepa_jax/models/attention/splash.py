@@ -13,36 +13,39 @@ LARGEST_BLOCK = 512
 
 
 def attend(
-    query_RxLxHxh: jax.Array,
-    key_RxLxKxh: jax.Array,
-    value_RxLxKxh: jax.Array,
-    segments_RxL: jax.Array,
+    query_RxQxHxh: jax.Array,
+    key_RxSxKxh: jax.Array,
+    value_RxSxKxh: jax.Array,
+    segments_RxS: jax.Array,
     longest_segment: int = 0,
     window: int = 0,
     soft_cap: float = 0.0,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `xla.attend`, on one device: L is a multiple of 128, h is 64, 128 or 256.
+    """As `xla.attend`, on one device: Q is a multiple of 128, S one of Q, h is 64, 128 or 256.
 
     The kernel skips blocks by its static mask alone, so a promise of short segments goes into it as a window.
     `interpret` runs it on a CPU.
     """
-    length, heads, width = query_RxLxHxh.shape[1:]
-    kernel = _kernel(length, heads, min(longest_segment or length, window or length), soft_cap, interpret)
+    (num_queries, heads, width), length = query_RxQxHxh.shape[1:], segments_RxS.shape[1]
+    reach = min(longest_segment or length, window or length)
+    kernel = _kernel(num_queries, length, heads, reach, soft_cap, interpret)
     # The kernel puts heads before places, and leaves the scale to its caller.
-    query_RxHxLxh = (query_RxLxHxh * width**-0.5).swapaxes(1, 2)
-    key_RxKxLxh, value_RxKxLxh = key_RxLxKxh.swapaxes(1, 2), value_RxLxKxh.swapaxes(1, 2)
-    segment_ids = splash.SegmentIds(segments_RxL, segments_RxL)
-    return jax.vmap(kernel)(query_RxHxLxh, key_RxKxLxh, value_RxKxLxh, segment_ids).swapaxes(1, 2)
+    query_RxHxQxh = (query_RxQxHxh * width**-0.5).swapaxes(1, 2)
+    key_RxKxSxh, value_RxKxSxh = key_RxSxKxh.swapaxes(1, 2), value_RxSxKxh.swapaxes(1, 2)
+    segment_ids = splash.SegmentIds(segments_RxS[:, length - num_queries :], segments_RxS)
+    return jax.vmap(kernel)(query_RxHxQxh, key_RxKxSxh, value_RxKxSxh, segment_ids).swapaxes(1, 2)
 
 
-def _kernel(length: int, heads: int, reach: int, soft_cap: float, interpret: bool) -> splash.SplashAttentionKernel:
+def _kernel(
+    num_queries: int, length: int, heads: int, reach: int, soft_cap: float, interpret: bool
+) -> splash.SplashAttentionKernel:
     """The kernel of one row on one device; it shares keys between query heads in consecutive groups by itself."""
-    square = (length, length)
-    mask = masks.LocalMask(square, (reach - 1, 0), 0) if reach < length else masks.CausalMask(square)
+    shape, before = (num_queries, length), length - num_queries
+    mask = masks.LocalMask(shape, (reach - 1, 0), before) if reach < length else masks.CausalMask(shape, before)
     return splash.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
-        block_sizes=block_sizes(length, reach),
+        block_sizes=block_sizes(num_queries, reach, length),
         attn_logits_soft_cap=soft_cap or None,
         head_shards=1,
         q_seq_shards=1,
@@ -51,15 +54,17 @@ def _kernel(length: int, heads: int, reach: int, soft_cap: float, interpret: boo
     )
 
 
-def block_sizes(length: int, reach: int) -> splash.BlockSizes:
-    """Square blocks, the largest power of two times 128 that divides the row and is not much longer than the reach.
+def block_sizes(num_queries: int, reach: int, length: int = 0) -> splash.BlockSizes:
+    """Square blocks, the largest power of two times 128 that divides the queries and is not much longer than the reach.
+
+    `length` is how many keys there are, if more than queries.
 
     A short reach wants short blocks: a block of queries visits every block of keys it touches as a whole. The fused
     backward kernel writes one partial gradient of the queries for each block of keys, so it is for rows of one block.
     """
     block = LANES
-    while length % (2 * block) == 0 and 2 * block <= min(LARGEST_BLOCK, max(reach, LANES)):
+    while num_queries % (2 * block) == 0 and 2 * block <= min(LARGEST_BLOCK, max(reach, LANES)):
         block *= 2
-    if block == length:
+    if block == (length or num_queries):
         return splash.BlockSizes(block, block, block, block, block, block, use_fused_bwd_kernel=True)
     return splash.BlockSizes(block, block, block, block, block, block, block, block)

@@ -4,6 +4,7 @@
 The softmax is kept running over the blocks of keys (Rabe & Staats, 2021; Dao et al., 2022), so neither pass holds more
 scores than those of one pair of blocks. Blocks that no segment shares are never visited; that is found from the
 segments of the batch when the step runs. Shapes: n blocks of B tokens; R, K, h as ever; G query heads share a key head.
+Where a row is cut into parts, a device has the queries of one and the keys of those before it too: Q of S places.
 """
 
 import functools
@@ -22,43 +23,47 @@ FAR = 2048
 
 
 def attend(
-    query_RxLxHxh: jax.Array,
-    key_RxLxKxh: jax.Array,
-    value_RxLxKxh: jax.Array,
-    segments_RxL: jax.Array,
+    query_RxQxHxh: jax.Array,
+    key_RxSxKxh: jax.Array,
+    value_RxSxKxh: jax.Array,
+    segments_RxS: jax.Array,
     longest_segment: int = 0,
     window: int = 0,
     soft_cap: float = 0.0,
     windowed: jax.Array | None = None,
 ) -> jax.Array:
-    """Each query attends to earlier keys (and its own) of its own segment; [R, L, H, h] in the type of the values.
+    """Each query attends to earlier keys (and its own) of its own segment; [R, Q, H, h] in the type of the values.
 
+    Queries are those of the last Q of S places: all of them in a whole row. Segments below 0 are places without keys.
     `longest_segment` is a promise (0: none): no segment has more tokens. `window` (0: off) is how many tokens back,
     its own included, a query sees; `windowed` (a bool scalar, None: yes) says whether this layer has it, when the step
     runs. `soft_cap` (0: off) turns scores into cap * tanh(scores / cap). Query heads share keys in consecutive groups.
     Padding (segment 0) attends to padding: finite, and nothing else reads it.
     """
-    rows, length, heads, width = query_RxLxHxh.shape
-    sight = seen_back(window, windowed)
+    rows, num_queries, heads, width = query_RxQxHxh.shape
+    length, sight = segments_RxS.shape[1], seen_back(window, windowed)
+    before = length - num_queries
     if length <= BLOCK:
-        near_LxL = _near(0, length, sight)
-        allowed_RxLxL = near_LxL & (segments_RxL[:, :, None] == segments_RxL[:, None, :])
-        return attend_masked(query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, allowed_RxLxL, soft_cap)
+        near_QxS = _near(0, length, sight)[before:]
+        allowed_RxQxS = near_QxS & (segments_RxS[:, before:, None] == segments_RxS[:, None, :])
+        return attend_masked(query_RxQxHxh, key_RxSxKxh, value_RxSxKxh, allowed_RxQxS, soft_cap)
     reach = min(longest_segment or length, window if window and windowed is None else length)
     block = BLOCK if reach <= FAR else FAR_BLOCK
-    kv_heads, num_blocks = key_RxLxKxh.shape[2], -(-length // block)
+    kv_heads, lead = key_RxSxKxh.shape[2], -before % block
 
-    def cut(array: jax.Array) -> jax.Array:
-        """[R, L, ...] to [n, R, B, ...]; what is added has segment 0."""
-        room = [(0, 0), (0, num_blocks * block - length)] + [(0, 0)] * (array.ndim - 2)
-        return jnp.pad(array, room).reshape(rows, num_blocks, block, *array.shape[2:]).swapaxes(0, 1)
+    def cut(array: jax.Array, lead: int = lead, fill: int = 0) -> jax.Array:
+        """[R, S, ...] to [n, R, B, ...]; `lead` places come before it, so that blocks of queries begin as keys' do."""
+        behind = -(lead + array.shape[1]) % block
+        led = jnp.pad(array, [(0, 0), (lead, 0)] + [(0, 0)] * (array.ndim - 2), constant_values=fill)
+        led = jnp.pad(led, [(0, 0), (0, behind)] + [(0, 0)] * (array.ndim - 2))
+        return led.reshape(rows, -1, block, *array.shape[2:]).swapaxes(0, 1)
 
-    query = cut(query_RxLxHxh * width**-0.5).reshape(num_blocks, rows, block, kv_heads, heads // kv_heads, width)
-    key, value = (cut(array).transpose(0, 1, 3, 2, 4) for array in (key_RxLxKxh, value_RxLxKxh))
-    segments = cut(segments_RxL)
-    first = first_blocks(segments, reach if sight is None else jnp.minimum(sight, reach))
+    query = cut(query_RxQxHxh * width**-0.5, 0).reshape(-1, rows, block, kv_heads, heads // kv_heads, width)
+    key, value = (cut(array).transpose(0, 1, 3, 2, 4) for array in (key_RxSxKxh, value_RxSxKxh))
+    segments = cut(segments_RxS, fill=-1)
+    first = first_blocks(segments, reach if sight is None else jnp.minimum(sight, reach))[len(key) - len(query) :]
     mixed = _blocked(query.transpose(0, 1, 3, 4, 2, 5), key, value, segments, first, sight, soft_cap)
-    return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(rows, num_blocks * block, heads, width)[:, :length]
+    return mixed.transpose(1, 0, 4, 2, 3, 5).reshape(rows, -1, heads, width)[:, :num_queries]
 
 
 def seen_back(window: int, windowed: jax.Array | None) -> int | jax.Array | None:
@@ -80,7 +85,7 @@ def first_blocks(segments_nxRxB: jax.Array, reach: int | jax.Array) -> jax.Array
     Blocks whose ranges of segments overlap may share one; padding, which stands behind them all, counts as the last.
     """
     num_blocks, _, block = segments_nxRxB.shape
-    order = jnp.where(segments_nxRxB > 0, segments_nxRxB, jnp.iinfo(jnp.int32).max)
+    order = jnp.where(segments_nxRxB != 0, segments_nxRxB, jnp.iinfo(jnp.int32).max)
     low_nxR, high_nxR = order.min(axis=2), order.max(axis=2)
     shared_nxn = ((high_nxR[None] >= low_nxR[:, None]) & (low_nxR[None] <= high_nxR[:, None])).any(axis=2)
     blocks_n = np.arange(num_blocks)
@@ -114,6 +119,12 @@ def _scores(
     return jnp.where(allowed_RxQxS[:, None, None], scores, MASKED), slope
 
 
+def _query_blocks(query: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each block of queries, which block of keys has its places, and their segments."""
+    before = len(segments) - len(query)
+    return jnp.arange(before, len(segments)), segments[before:]
+
+
 def _forward(
     query: jax.Array,
     key: jax.Array,
@@ -127,7 +138,7 @@ def _forward(
 
     def mix(block: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         """Values mixed for one block of queries, and the logarithm of its softmax denominators."""
-        i, first, query_i, segments_i = block
+        i, segments_i, first, query_i = block
 
         def add(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
             mixed, total, top = carry
@@ -144,7 +155,7 @@ def _forward(
         mixed, total, top = jax.lax.fori_loop(first, i + 1, add, start)
         return (mixed / total[..., None]).astype(value.dtype), top + jnp.log(total)
 
-    mixed, log_total = jax.lax.map(mix, (jnp.arange(len(query)), first_n, query, segments))
+    mixed, log_total = jax.lax.map(mix, (*_query_blocks(query, segments), first_n, query))
     return mixed, (query, key, value, segments, first_n, sight, mixed, log_total)
 
 
@@ -154,7 +165,7 @@ def _backward(soft_cap: float, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
 
     def spread(carry: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]) -> Any:
         """Adds what one block of queries gives to the gradients of keys and values; returns its own."""
-        i, first, query_i, segments_i, mixed_i, log_total_i, grad_i = block
+        i, segments_i, first, query_i, mixed_i, log_total_i, grad_i = block
         pull = jnp.sum(grad_i.astype(jnp.float32) * mixed_i.astype(jnp.float32), axis=-1, keepdims=True)
 
         def add(j: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -174,7 +185,7 @@ def _backward(soft_cap: float, saved: Any, grad: jax.Array) -> tuple[Any, ...]:
         return (by_key, by_value), by_query.astype(query.dtype)
 
     zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
-    blocks = (jnp.arange(len(query)), first_n, query, segments, mixed, log_total, grad)
+    blocks = (*_query_blocks(query, segments), first_n, query, mixed, log_total, grad)
     (by_key, by_value), by_query = jax.lax.scan(spread, zeros, blocks)
     return by_query, by_key.astype(key.dtype), by_value.astype(value.dtype), None, None, None
 
