@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from llm_jepa_jax.batch import RowShape
 from llm_jepa_jax.config import freeze
 from llm_jepa_jax.main import parse
 from llm_jepa_jax.parallel import compiler_options as table
 from llm_jepa_jax.parallel.compiler_options import compiler_options
 from llm_jepa_jax.parallel.mesh import AXES
+from llm_jepa_jax.parallel.sharding import placed_batch
 from llm_jepa_jax.plan.chips import CHIPS
 from llm_jepa_jax.plan.topology import USUAL, compile_devices, parse_topology, prepare_environment
 from llm_jepa_jax.train import step
@@ -83,9 +85,6 @@ def test_the_step_is_compiled_with_them(monkeypatch):
     config, mesh = smoke(), mesh_of(jax.devices())
     monkeypatch.setattr(step, "compiler_options", lambda *_: {"xla_no_such_thing": True})
     factory = state_factory(config, mesh, 4)
-    from llm_jepa_jax.batch import RowShape
-    from llm_jepa_jax.parallel.sharding import placed_batch
-
     batch = placed_batch(mesh, config.data.rows_per_step, RowShape(256, 256, 4))
     with jax.set_mesh(mesh), pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_thing"):
         step.make_train_step(factory, 4).lower(factory.abstract, batch).compile()

@@ -32,7 +32,7 @@ TPU: dict[str, Options] = {
     "TPU v4": ASYNCHRONOUS | SCATTERED,
     "TPU v5 lite": ASYNCHRONOUS | SCATTERED,
     "TPU v5": ASYNCHRONOUS | SCATTERED,
-    "TPU v6 lite": ASYNCHRONOUS | SCATTERED | {"xla_tpu_scoped_vmem_limit_kib": 65536},
+    "TPU v6 lite": ASYNCHRONOUS | SCATTERED,
     "TPU7x": ASYNCHRONOUS | SCATTERED,
 }
 """By what JAX calls the kind of device: v4, v5e, v5p, v6e and tpu7x."""
