@@ -27,16 +27,16 @@ VARIANTS: dict[str, list[str]] = {
 }
 """All weights with JEPA; adapters with JEPA; all weights with next-token training alone."""
 ROWS, ROW_LENGTH = 512, 8192
-"""Of a step, whatever the slice: 4.2 million tokens."""
+"""Of a step: 4.2 million tokens on up to 512 chips, and a row a chip beyond."""
 COLUMNS = (
     "topology", "chips", "mesh", "micro-batches, remat", "GiB a chip", "s a step: computing + kernels + waiting",
     "utilisation", "chip-hours for 10⁹ tokens",
 )  # fmt: skip
 
 
-def config_of(preset: str, variant: str) -> Config:
+def config_of(preset: str, variant: str, chips: int) -> Config:
     arguments = [
-        "main", f"--config=configs/{preset}.py", f"--config.data.rows_per_step={ROWS}",
+        "main", f"--config=configs/{preset}.py", f"--config.data.rows_per_step={max(ROWS, chips)}",
         f"--config.data.row_length={ROW_LENGTH}", "--config.data.layout=shared", "--config.objective.jepa.dropout=0",
         *VARIANTS[variant],
     ]  # fmt: skip
@@ -56,7 +56,8 @@ def best(config: Config, topology_name: str, compiled: bool) -> tuple[Candidate 
 
 
 def line_of(preset: str, variant: str, topology_name: str, compiled: bool) -> dict[str, Any]:
-    config, topology = config_of(preset, variant), parse_topology(topology_name)
+    topology = parse_topology(topology_name)
+    config = config_of(preset, variant, topology.num_chips)
     shape = step_shape(config, Assumptions())
     found, nearest = best(config, topology_name, compiled)
     line: dict[str, Any] = {
