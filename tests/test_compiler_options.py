@@ -29,7 +29,11 @@ def smoke(*arguments):
 
 
 def mesh_of(devices):
-    return Mesh(np.asarray(devices).reshape(1, -1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(
+        np.asarray(devices).reshape([-1 if axis == "fsdp" else 1 for axis in AXES]),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+    )
 
 
 def smallest_slice(name):

@@ -58,5 +58,6 @@ def test_what_each_choice_keeps(tmp_path):
         for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]
         if "gate" in jax.tree_util.keystr(path)
     }
-    assert gates == {(2, 32, 64): PartitionSpec(None, "fsdp", "tensor"), (2, 32): PartitionSpec(None, "fsdp"),
+    stored = ("context", "fsdp")
+    assert gates == {(2, 32, 64): PartitionSpec(None, stored, "tensor"), (2, 32): PartitionSpec(None, stored),
                      (2, 64): PartitionSpec(None, "tensor"), (1,): PartitionSpec()}  # fmt: skip
