@@ -139,7 +139,7 @@ def test_new_rows_are_the_mean_and_rows_can_be_dropped(published, tmp_path):
     np.testing.assert_array_equal(lj.load(tmp_path / "cut").run.params["embedding"], params["embedding"][:512])
 
 
-@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("tie", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_run_starts_from_a_published_model(tmp_path, tokenizer, tie):
     """With its shape, its weights, mean rows for new tokens, and a file to go back to."""
     model = dataclasses.replace(MODEL, vocab_size=500, tie_embeddings=tie, norm_eps=1e-6)

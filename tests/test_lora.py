@@ -68,15 +68,21 @@ def test_only_adapters_and_predictors_move(tmp_path, tokenizer, kind):
     assert set(saved_part(state)) == {"step", "params", "opt_state", "skipped", "skipped_in_row"}
 
 
-@pytest.mark.parametrize(
-    ("mesh", "devices", "train"),
-    [
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, {"remat": "full"}),
-        ({"data": 1}, 1, {"micro_batches": 4, "remat": "dots"}),
-        ({"data": 1, "fsdp": 2}, 2, {"micro_batches": 2}),
-    ],
+MECHANICS = (
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 8, {"remat": "full"}),
+    ({"data": 1}, 1, {"micro_batches": 4, "remat": "dots"}),
+    ({"data": 1, "fsdp": 2}, 2, {"micro_batches": 2}),
 )
-@pytest.mark.parametrize("layout", ["separate", "shared", "padded"])
+LAYOUTS = ("separate", "shared", "padded")
+CROSSED = [
+    pytest.param(*mechanics, layout, marks=[] if number == LAYOUTS.index(layout) else pytest.mark.slow)
+    for number, mechanics in enumerate(MECHANICS)
+    for layout in LAYOUTS
+]
+"""Each of the mechanics in a layout of its own; all with all are slow."""
+
+
+@pytest.mark.parametrize(("mesh", "devices", "train", "layout"), CROSSED)
 def test_devices_micro_batches_and_remat_change_nothing(tmp_path, tokenizer, mesh, devices, train, layout):
     """For a quantised base too, whose scales lie with it."""
     lora, data = KINDS["nf4" if layout == "shared" else "float32"], {"layout": layout}

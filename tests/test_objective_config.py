@@ -139,7 +139,13 @@ VARIANTS = {
 """Keys of pairs and of spans: each key is tried once, and each kind of term without the other."""
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+SLOW = ("l2, spans", "mse, ends", "no predictor, mask", "an inner layer, several draws")
+"""Their distances, spans and views are held to references in test_distance, test_stp and test_terms."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in VARIANTS]
+)
 def test_every_variant_trains(tmp_path, name):
     """Two steps by the command line: every enabled term has a finite value, and its own column."""
     pairs, spans = VARIANTS[name]

@@ -31,7 +31,10 @@ def losses(config, tokenizer, devices, steps=12):
     return out
 
 
-@pytest.mark.parametrize("options", [{}, {"first_moment_dtype": "bfloat16"}, LEAN])
+@pytest.mark.parametrize(
+    "options",
+    [LEAN, *(pytest.param(each, marks=pytest.mark.slow) for each in ({}, {"first_moment_dtype": "bfloat16"}))],
+)
 def test_every_choice_trains_the_same_on_8_devices(tmp_path, tokenizer, options):
     config = small_config(tmp_path, opt={"learning_rate": 3e-3, **options})
     alone = losses(config, tokenizer, 1)
