@@ -22,6 +22,11 @@ pytestmark = pytest.mark.parity
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 LENGTHS = (200, 31, 90)
+LIKE_ANOTHER = (
+    "llama2", "llama-linear-biased", "mistral-no-window", "qwen2", "qwen2-yarn", "qwen3-yarn", "qwen3-windows-biased",
+    "phi-grouped-tied", "gemma3-untied",
+)  # fmt: skip
+"""Of a family that another case trains too; training them is slow."""
 
 
 def error(ours, theirs):
@@ -98,6 +103,9 @@ def test_greedy_answers_are_token_for_token_the_same(case):
     assert len({tuple(expected[row]) for row in clear}) > 15
 
 
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c in LIKE_ANOTHER else ()) for c in CASES], indirect=True
+)
 def test_a_trained_model_comes_back(case, tmp_path):
     """One training step, then export in several files, then `transformers`: equal logits, in both directions."""
     _, _, directory, lm = case

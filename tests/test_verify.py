@@ -76,7 +76,8 @@ def test_a_run_and_its_export_are_one_model(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "verify.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("base", ["bfloat16", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["bfloat16", "int8"])
 def test_adapters_are_compared_merged(deep, tokenizer, tmp_path, base, capsys):
     """With frozen weights in bfloat16 the export's rounding is of the sum; codes are what an export does not have."""
     sizes = (
