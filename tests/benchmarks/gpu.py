@@ -32,6 +32,7 @@ from llm_jepa_jax.plan.search import by_arithmetic
 from llm_jepa_jax.plan.topology import parse_topology
 from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llm_jepa_jax.train.metrics import device_peak_flops
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.train.step import make_train_step
 
@@ -144,10 +145,11 @@ def step(name: str, source: JsonlSource, tokenizer: Tokenizer, args: argparse.Na
     seconds = float(np.median(spent[2:]))
     tokens, targets = int((values["segments"] > 0).sum()), int((values["target_weight"] > 0).sum())
     flops = model_flops(config.model, tokens, targets, kind.row.longest_segment)
+    peak = device_peak_flops(jax.devices()[0].device_kind) or float("nan")
     estimate = by_arithmetic(config, kind.row, parse_topology("gpu:h100x1"), mesh, factory.abstract)
     show(
         case=name, ms=1e3 * seconds, tokens_per_s=tokens / seconds, ms_an_example=1e3 * seconds / int(
-            values["num_examples"].sum()), tflops=flops / seconds / 1e12, share_of_h100_peak=flops / seconds / 989e12,
+            values["num_examples"].sum()), tflops=flops / seconds / 1e12, share_of_peak=flops / seconds / peak,
         gib=(memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30,
         planned_ms=1e3 * estimate.timeline.seconds, planned_gib=estimate.memory.peak / 2**30,
         first_loss=losses[0], last_loss=losses[-1], compile_s=compile_seconds,
