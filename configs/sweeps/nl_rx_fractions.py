@@ -17,7 +17,7 @@ def get_sweep() -> dict[str, Any]:
         "common": {
             "data.train": "synth_train.jsonl", "objective.ntp.targets": "all", "model.embed_dim": 256,
             "model.num_heads": 8, "model.num_kv_heads": 4, "model.mlp_dim": 704, "train.num_epochs": 0,
-            "train.num_steps": 1200, "eval.every_steps": 300, "eval.final_examples": 400, "log.report": False,
+            "train.num_steps": 600, "eval.every_steps": 300, "eval.final_examples": 400, "log.report": False,
             "log.tensorboard": False,
         },
         "rows": {name: {"data.eval_share": max(DEV_SHARE, 1 - share)} for name, share in FRACTIONS.items()},

@@ -9,7 +9,7 @@ OFF = {"objective.jepa.weight": 0, "objective.vicreg.weight": 0}
 SMALL = {
     "data.train": "synth_train.jsonl", "data.eval_share": 0.05, "objective.ntp.targets": "all",
     "model.embed_dim": 256, "model.num_heads": 8, "model.num_kv_heads": 4, "model.mlp_dim": 704,
-    "train.num_epochs": 0, "train.num_steps": 1200, "eval.every_steps": 300,
+    "train.num_epochs": 0, "train.num_steps": 600, "eval.every_steps": 300,
     "log.report": False, "log.tensorboard": False,
 }  # fmt: skip
 """Of every point; 5% of the training lines are held out to choose by."""
