@@ -313,8 +313,8 @@ def test_unrolled_layers_extrapolate_to_the_loop(monkeypatch):
 
 @pytest.mark.parity
 def test_remat_dots_does_not_run_the_attention_kernel_forward_again():
-    """In products of a block of the forward kernel (512 places): 2 forward, and 7 backward in blocks of 1,024, which here
-    cover 12/7 of the places. So a layer takes 2 + 12, and with `full` 2 more."""
+    """In products over the places that forward blocks (512) cover: 2 forward, and 7 backward over 12/7 as many places,
+    for those blocks are of 1,024. So a layer takes 2 + 12, and with `full` 2 more."""
     pytest.importorskip("libtpu")
     dots, full = shallow(2, "dots"), shallow(2, "full")
     assert dots.timeline.kernel_flops / full.timeline.kernel_flops == pytest.approx(14 / 16)
