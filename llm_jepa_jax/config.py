@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one schema: every configuration key once, with its default, unit and meaning (objectives: `objective_config.py`).
+"""The one schema: every configuration key once, with its default, unit and meaning.
 
 At the command line a configuration is an `ml_collections.ConfigDict` (`base_config()` changed by a preset and by
 `--config.a.b=value` overrides). Below it is the frozen `Config` that `freeze()` makes. Cross-field checks live in
@@ -11,6 +11,7 @@ from typing import Any
 
 import ml_collections
 
+from llm_jepa_jax.eval_config import EvalConfig
 from llm_jepa_jax.lora_config import LoraConfig
 from llm_jepa_jax.objective_config import ObjectiveConfig
 from llm_jepa_jax.schema import describe_section, freeze_section, key, section
@@ -301,22 +302,6 @@ class CheckpointConfig:
         "again at the next period",
         "seconds",
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    every_steps: int = key(0, "evaluate during training with this period, then save; 0: only at the end", "steps")
-    num_examples: int = key(256, "examples of an evaluation during training", "records")
-    final_examples: int = key(0, "examples of the evaluation at the end and of `--mode=eval`; 0: all", "records")
-    tasks: str = key(
-        "exact_match",
-        "what is scored, names of [tasks](tasks.md) with commas between them; the first one's score says which "
-        "checkpoints are best. Tasks with the same prompts share their answers",
-    )
-    max_new_tokens: int = key(128, "longest answer generated", "tokens")
-    batch_size: int = key(256, "prompts answered, or sequences whose probability is wanted, together", "sequences")
-    databases: str = key("", "spider: directory with `NAME/NAME.sqlite` of every database that questions name")
-    sql_seconds: float = key(5.0, "spider: longest time of one query, after which it has no result", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)

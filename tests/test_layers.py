@@ -21,6 +21,7 @@ ORDER = (
         "huge_pages",
         "schema",
         "objective_config",
+        "eval_config",
         "vocabulary",
         "lora_config",
         "resolve_lora",
