@@ -2,6 +2,7 @@
 """The notebook façade: a trained model as one object."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,9 @@ from llm_jepa_jax.checkpoint.hf_directory import is_published
 from llm_jepa_jax.checkpoint.places import new_place, on_this_machine, place
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, hidden_states, pad_right, view_ids
-from llm_jepa_jax.eval.generate import Generator, Vocabulary
+from llm_jepa_jax.eval.generate import Generator, Vocabulary, make_generator
+from llm_jepa_jax.eval.sampling import Sampling
+from llm_jepa_jax.eval_config import EvalConfig
 from llm_jepa_jax.models.transformer import head_kernel
 from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
 from llm_jepa_jax.run_directory import Run, export_adapter, export_run, open_published, open_run
@@ -103,31 +106,64 @@ class LanguageModel:
         return encode(run.params, run.config.model, run.config.objective.jepa, ids, run.mesh, self._dtype)
 
     def generate(
-        self, prompts: Sequence[Any], max_new_tokens: int | None = None, system: str | None = None
+        self,
+        prompts: Sequence[Any],
+        max_new_tokens: int | None = None,
+        system: str | None = None,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
     ) -> list[Any]:
-        """Greedy answers, without the tokens that end them.
+        """Answers, without the tokens that end them; greedy where the run's `eval.temperature` is 0.
 
         Texts are user prompts, or texts to go on with where there is no chat template; their answers are texts.
         Sequences of token ids are continued as they are; their answers are lists of ids. `system` defaults to the
-        system turn of the run's evaluation data.
+        system turn of the run's evaluation data, the others to what the run's configuration says. With a `temperature`
+        of its own a call takes `top_k` and `top_p` from its arguments alone. A prompt given n times has n draws.
 
         Raises:
-            UserError: a prompt is empty, too long, holds an id outside the vocabulary, or is text without a tokenizer.
+            UserError: a prompt is empty, too long, holds an id outside the vocabulary, or is text without a tokenizer;
+                or a setting is out of its range or has no effect.
         """
-        config, run = self.run.config, self.run
+        run = self.run
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         if texts and len(texts) < len(prompts) or (system is not None and not texts):
             raise UserError("prompts: pass texts, or sequences of token ids, which have no system turn")
-        generator = Generator(
-            config.model, self.tokenizer if texts else run.tokenizer or self._vocabulary, run.mesh,
-            max_new_tokens or config.eval.max_new_tokens, config.eval.batch_size, self._dtype,
-        )  # fmt: skip
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens}; use 1 or more")
+        seed, sampling = run.config.seed if seed is None else seed, self._sampling(temperature, top_k, top_p)
+        generator = self._generator(bool(texts), max_new_tokens or run.config.eval.max_new_tokens, sampling)
         if not texts:
-            return [new for new, _ in generator(run.params, prompts)]
+            return [new for new, _ in generator(run.params, prompts, seed=seed)]
         system = run.system if system is None else system
         turns = [Message("system", system)] if system else []
         ids = [render_prompt(self.tokenizer, [*turns, Message("user", prompt)]) for prompt in texts]
-        return [self.tokenizer.decode(new) for new, _ in generator(run.params, ids)]
+        return [self.tokenizer.decode(new) for new, _ in generator(run.params, ids, seed=seed)]
+
+    def _sampling(self, temperature: float | None, top_k: int | None, top_p: float | None) -> Sampling:
+        keys = self.run.config.eval
+        if temperature is not None:  # the run's filters go with the run's temperature
+            keys = EvalConfig(temperature=temperature)
+        return Sampling(
+            keys.temperature,
+            keys.top_k if top_k is None else top_k,
+            keys.top_p if top_p is None else top_p,
+        )
+
+    def _generator(self, texts: bool, max_new_tokens: int, sampling: Sampling) -> Generator:
+        """One for each set of settings, so that a second call compiles nothing."""
+        wanted = (texts, max_new_tokens, sampling)
+        if wanted not in self._generators:
+            tokenizer = self.tokenizer if texts else self.run.tokenizer or self._vocabulary
+            made = make_generator(self.run.config, tokenizer, self.run.mesh, max_new_tokens, sampling)
+            self._generators[wanted] = made
+        return self._generators[wanted]
+
+    @functools.cached_property
+    def _generators(self) -> dict[tuple[bool, int, Sampling], Generator]:
+        return {}
 
     @property
     def _vocabulary(self) -> Vocabulary:

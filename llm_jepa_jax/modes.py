@@ -29,7 +29,7 @@ from llm_jepa_jax.data.sources import Source, Splits, absolute_paths, open_split
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.eval.encode import encode, view_ids
 from llm_jepa_jax.eval.evaluate import Evaluator
-from llm_jepa_jax.eval.generate import Generator
+from llm_jepa_jax.eval.generate import make_generator
 from llm_jepa_jax.eval.scores import RESULT
 from llm_jepa_jax.parallel.mesh import make_mesh
 from llm_jepa_jax.parallel.processes import wait_for_all
@@ -255,14 +255,10 @@ def generate(values: ml_collections.ConfigDict, workdir: Place, prompts: Sequenc
     run = open_run(workdir, freeze(values))
     if not prompts:
         raise UserError("--mode=generate: no prompt; pass --prompt='…' or lines on stdin")
-    config = run.config
-    generator = Generator(
-        config.model, run.tokenizer, run.mesh, config.eval.max_new_tokens, config.eval.batch_size,
-        jnp.dtype(config.train.dtype),
-    )  # fmt: skip
+    generator = make_generator(run.config, run.tokenizer, run.mesh)
     system = [Message("system", run.system)] if run.system else []
     ids = [render_prompt(run.tokenizer, [*system, Message("user", prompt)]) for prompt in prompts]
-    answers = [run.tokenizer.decode(new) for new, _ in generator(run.params, ids)]
+    answers = [run.tokenizer.decode(new) for new, _ in generator(run.params, ids, seed=run.config.seed)]
     for prompt, answer in zip(prompts, answers, strict=True) if jax.process_index() == 0 else ():
         print(f"{prompt}\n  → {answer}")
     return {"step": run.step, "answers": answers, "workdir": str(workdir)}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from llm_jepa_jax.batch import ROW_MULTIPLE, SHORTEST_ROW, row_lengths
 from llm_jepa_jax.config import BY_LAYER, Config
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.eval_config import sampling_fault
 from llm_jepa_jax.model_checks import check_model, fail
 from llm_jepa_jax.objective_config import (
     NUM_RESERVED_PREDICTORS,
@@ -55,7 +56,6 @@ POSITIVE = [
     "train.profile_steps",
     "checkpoint.keep_last",
     "eval.max_new_tokens",
-    "eval.batch_size",
     "eval.num_examples",
     "eval.sql_seconds",
     "log.every_steps",
@@ -92,6 +92,7 @@ NOT_NEGATIVE = [
     "checkpoint.every_steps",
     "checkpoint.ahead_steps",
     "checkpoint.keep_best",
+    "eval.batch_size",
     "eval.every_steps",
     "eval.final_examples",
     "log.report_pairs",
@@ -134,6 +135,7 @@ def resolve(config: Config, mesh_shape: Mapping[str, int]) -> Config:
     _check_context(config, mesh_shape.get("context", 1))
     _check_attention(config, config.data.row_length, mesh_shape.get("context", 1))
     check_lora(config, mesh_shape)
+    _check_sampling(config)
     return config
 
 
@@ -358,6 +360,13 @@ def _check_train(config: Config, mesh_shape: Mapping[str, int]) -> None:
             f"does not divide into {train.micro_batches} micro-batches over {shards} devices of slice, data and fsdp; "
             f"use a multiple of {unit}, such as {-(-rows // unit) * unit}",
         )  # fmt: skip
+
+
+def _check_sampling(config: Config) -> None:
+    fault = sampling_fault(config.eval.temperature, config.eval.top_k, config.eval.top_p)
+    if fault:
+        name, value, why = fault
+        fail(f"eval.{name}", value, why)
 
 
 def _check_model(config: Config, mesh_shape: Mapping[str, int]) -> None:

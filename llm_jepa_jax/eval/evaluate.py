@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from llm_jepa_jax.config import Config
 from llm_jepa_jax.data.sources import Source, with_conversation
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.eval.generate import Generator
+from llm_jepa_jax.eval.generate import Generator, make_generator
 from llm_jepa_jax.eval.judging import Answers, Slots, judge
 from llm_jepa_jax.eval.likelihood import Question, log_probabilities
 from llm_jepa_jax.eval.questions import Asked, Render, ask, cached_render, merged
@@ -88,10 +88,7 @@ class Evaluator:
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        return Generator(
-            self.config.model, self.tokenizer, self.mesh, self.config.eval.max_new_tokens, self.config.eval.batch_size,
-            jnp.dtype(self.config.train.dtype),
-        )  # fmt: skip
+        return make_generator(self.config, self.tokenizer, self.mesh)
 
     @functools.cached_property
     def _cache(self) -> dict[int, list[Asked]]:
@@ -133,7 +130,7 @@ class Evaluator:
         every = self.ask(num_examples)
         prompts, questions = _distinct(every)
         dtype = jnp.dtype(self.config.train.dtype)
-        generated = self._generator(params, prompts, progress) if prompts else []
+        generated = self._generator(params, prompts, progress, self.config.seed) if prompts else []
         texts = [(self.tokenizer.decode(ids), ended) for ids, ended in generated]
         answers = dict(zip(prompts, texts, strict=True))
         found = log_probabilities(

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jepa_jax.config import ModelConfig
-from llm_jepa_jax.eval.encode import hidden_states, pad_right
+from llm_jepa_jax.eval.batching import fitting_rows, forward_bytes, free_bytes, in_batches, weight_bytes
+from llm_jepa_jax.eval.encode import LENGTH_MULTIPLE, hidden_states, pad_right
 from llm_jepa_jax.models.transformer import head_kernel, logits
 from llm_jepa_jax.objectives.term import gather
 from llm_jepa_jax.parallel.sharding import num_row_shards, replicated, rows_sharding
@@ -79,21 +80,33 @@ def log_probabilities(
     """Natural log-probability of each question's slots, float32 [slots] each, in the order given.
 
     Over all ids of the model: `exp(-mean)` of a text's own tokens is its perplexity as others count it. Sequences are
-    sorted by length, so a result depends on its batch by rounding alone. `progress` is called with the number done.
+    sorted by length, so a result depends on its batch by rounding alone. `batch_size` is that of `eval.batch_size`,
+    `progress` is called with the number done.
+
+    Raises:
+        UserError: one sequence a device does not fit memory.
     """
     out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(questions)
     order = sorted(range(len(questions)), key=lambda i: (len(questions[i].tokens), len(questions[i].slots)))
     shards = num_row_shards(mesh)
-    rows = -(-min(batch_size, max(1, len(questions))) // shards) * shards
+    free = 0.0 if batch_size else free_bytes(mesh) - weight_bytes(params, mesh, dtype)
+
+    def rows_for(longest: int, left: int) -> int:
+        if batch_size:
+            return -(-min(batch_size, len(questions)) // shards) * shards
+        length = len(questions[longest].tokens) + LENGTH_MULTIPLE
+        row_bytes = forward_bytes(config, mesh.shape["tensor"], length, SLOT_CHUNK, dtype)
+        return fitting_rows(row_bytes, free, left, shards)
+
+    def run(chosen: Sequence[int], rows: int) -> None:
+        batch = [questions[i] for i in chosen]
+        arrays = (*pad_right([question.tokens for question in batch], rows), *_padded_slots(batch, rows))
+        placed = [jax.make_array_from_callback(a.shape, rows_sharding(mesh), a.__getitem__) for a in arrays]
+        found = _log_probabilities(params, *placed, config=config, dtype=dtype)
+        found_RxM = np.asarray(jax.device_put(found, replicated(mesh)))
+        for row, i in enumerate(chosen):
+            out[i] = found_RxM[row, : len(questions[i].slots)]
+
     with jax.set_mesh(mesh):
-        for start in range(0, len(order), rows):
-            chosen = order[start : start + rows]
-            batch = [questions[i] for i in chosen]
-            arrays = (*pad_right([question.tokens for question in batch], rows), *_padded_slots(batch, rows))
-            placed = [jax.make_array_from_callback(a.shape, rows_sharding(mesh), a.__getitem__) for a in arrays]
-            found = _log_probabilities(params, *placed, config=config, dtype=dtype)
-            found_RxM = np.asarray(jax.device_put(found, replicated(mesh)))
-            for row, i in enumerate(chosen):
-                out[i] = found_RxM[row, : len(questions[i].slots)]
-            progress(min(start + rows, len(order)))
+        in_batches(order, rows_for, run, shards, progress)
     return out

@@ -13,7 +13,7 @@ from flax import linen as nn
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.attention.dense import attend_masked
 from llm_jepa_jax.models.attention.dispatch import attend_rows
-from llm_jepa_jax.models.attention.xla import seen_back
+from llm_jepa_jax.models.attention.xla import attend, seen_back
 from llm_jepa_jax.models.ops import (
     ACTIVATIONS,
     HIDDEN,
@@ -53,6 +53,24 @@ class Cache:
         """Keys and values of one layer, [B, S, K, h] each."""
         return self.key_NxBxSxKxh[layer - self.first], self.value_NxBxSxKxh[layer - self.first]
 
+    def lead(self, layer: Any, padding_R: Any, *own: jax.Array) -> list[jax.Array]:
+        """A layer's arrays of R prompts [R, S, K, h] (keys, values) behind those of the prefix that this cache holds
+        for all of them, [R, P + S, K, h]: padding, prefix, and what the prompts have of their own, without a gap.
+
+        The first P places and those of padding in `own` are overwritten. The B prompts of the cache hold the same
+        prefix, each for as many prompts as the others: one for each device that has rows.
+        """
+        length = self.key_NxBxSxKxh.shape[2]
+        place_RxT = jnp.arange(length + own[0].shape[1]) - padding_R[:, None]
+        index_RxTx1x1 = jnp.clip(place_RxT, 0, length - 1)[..., None, None]
+        in_prefix_RxTx1x1 = ((place_RxT >= 0) & (place_RxT < length))[..., None, None]
+        led = []
+        for kept, array in zip(self.read(layer), own, strict=True):
+            prefix_RxPxKxh = jnp.repeat(kept, len(array) // len(kept), axis=0)
+            moved = jnp.take_along_axis(prefix_RxPxKxh, index_RxTx1x1, axis=1)
+            led.append(jnp.where(in_prefix_RxTx1x1, moved, jnp.pad(array, ((0, 0), (length, 0), (0, 0), (0, 0)))))
+        return led
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +78,7 @@ class Layout:
     """Which tokens of R rows may see each other; `batch.Batch` says what the arrays mean."""
 
     segments_RxL: Any
+    """With a cached prefix (see `Cache.lead`) those of [R, P + S]: padding in front, 1 behind it."""
     branch_end_RxP: Any = None
 
 
@@ -229,7 +248,14 @@ class Block(DecoderModule):
         if config.score_width:
             query_RxLxHxh = query_RxLxHxh * (config.head_dim / config.score_width) ** 0.5
         cache, cap = carry.cache, config.attention_soft_cap
-        if decoding is None:
+        if decoding is None and cache is not None:
+            padding_R = jnp.sum(layout.segments_RxL == 0, axis=1)
+            key_RxLxKxh, value_RxLxKxh = cache.lead(carry.layer, padding_R, key_RxLxKxh, value_RxLxKxh)
+            mixed_RxLxHxh = attend(
+                query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, layout.segments_RxL,
+                window=config.window, soft_cap=cap, windowed=windowed,
+            )  # fmt: skip
+        elif decoding is None:
             mixed_RxLxHxh = attend_rows(
                 query_RxLxHxh, key_RxLxKxh, value_RxLxKxh, layout.segments_RxL, layout.branch_end_RxP,
                 self.attention, self.longest_segment, config.window, cap, windowed,

@@ -239,19 +239,29 @@ def logits(head_DxV: jax.Array, bias_V: jax.Array | None, config: ModelConfig, h
 
 
 def prefill(
-    params: Any, config: ModelConfig, tokens_BxS: jax.Array, first_slot_B: jax.Array, num_slots: int, *, dtype: Any
+    params: Any,
+    config: ModelConfig,
+    tokens_BxS: jax.Array,
+    first_slot_B: jax.Array,
+    num_slots: int,
+    prefix: Any = None,
+    *,
+    dtype: Any,
 ) -> tuple[jax.Array, Any]:
     """Encodes left-padded prompts: hidden state of each last token [B, D], and a cache of `num_slots` slots.
 
-    `first_slot_B` is where each prompt begins; what lies before is padding. The cache is a `Cache`, or a tuple of one
-    for each layer where layers differ in shape.
+    `prefix` is the cache of P tokens that all prompts begin with, made by this function without padding (of one or more
+    prompts; their number divides B); `tokens_BxS` are then what stands behind them, and slots count the prefix.
+    `first_slot_B` is where each prompt, with its prefix, begins; what lies before is padding. The cache is a `Cache`,
+    or a tuple of one for each layer where layers differ in shape.
     """
-    slots_S = jnp.arange(tokens_BxS.shape[1])
-    positions_BxS = jnp.maximum(slots_S - first_slot_B[:, None], 0)
-    segments_BxS = (slots_S >= first_slot_B[:, None]).astype(jnp.int32)
+    length = jax.tree.leaves(prefix)[0].shape[2] if prefix else 0
+    slots_T = jnp.arange(length + tokens_BxS.shape[1])
+    positions_BxS = jnp.maximum(slots_T[length:] - first_slot_B[:, None], 0)
+    segments_BxT = (slots_T >= first_slot_B[:, None]).astype(jnp.int32)
     decoder = Decoder(config, jnp.float32, dtype=dtype, keep_kv=True)
-    (hidden_BxSxD,), kept = decoder.apply({"params": params}, tokens_BxS, positions_BxS, Layout(segments_BxS))
-    room = ((0, 0), (0, 0), (0, num_slots - tokens_BxS.shape[1]), (0, 0), (0, 0))
+    (hidden_BxSxD,), kept = decoder.apply({"params": params}, tokens_BxS, positions_BxS, Layout(segments_BxT), prefix)
+    room = ((0, 0), (0, 0), (0, num_slots - len(slots_T)), (0, 0), (0, 0))
 
     def cache(kept: Any, first: int = 0) -> Cache:
         return Cache(*(jnp.pad(array, room) for array in kept), first)
