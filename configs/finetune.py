@@ -20,5 +20,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh.update(data=1, fsdp=-1)
     config.opt.update(learning_rate=2e-5, warmup_steps=20, weight_decay=0.0)
     config.train.update(remat="full", num_epochs=4)
-    config.eval.batch_size = 32
     return finish(config, arg)

@@ -31,7 +31,7 @@ def finetuning() -> ml_collections.ConfigDict:
     config.mesh.update(data=1, fsdp=-1)
     config.opt.update(learning_rate=2e-5, warmup_steps=100, weight_decay=0.1)
     config.train.update(dtype="bfloat16", remat="full")
-    config.eval.update(max_new_tokens=512, batch_size=128)
+    config.eval.max_new_tokens = 512
     return config
 
 
@@ -49,7 +49,7 @@ def published_row(checkpoint: str, data: str, task: str, learning_rate: float) -
     config.mesh.update(data=1, fsdp=-1)
     config.opt.update(learning_rate=learning_rate, warmup_steps=0, schedule="linear", weight_decay=0.0)
     config.train.update(dtype="bfloat16", remat="dots", num_epochs=4)
-    config.eval.update(tasks=task, max_new_tokens=256, batch_size=128)
+    config.eval.update(tasks=task, max_new_tokens=256)
     return config
 
 
@@ -95,6 +95,6 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.train.num_steps, config.train.num_epochs = 4, 0
     config.checkpoint.every_steps = 2
     config.eval.every_steps, config.eval.final_examples, config.eval.tasks = 0, 16, "exact_match"
-    config.eval.max_new_tokens, config.eval.batch_size = 16, 16
+    config.eval.max_new_tokens = 16
     config.log.every_steps, config.log.report_pairs = 1, 40
     return config

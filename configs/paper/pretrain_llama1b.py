@@ -21,5 +21,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.objective.jepa.update(weight=2.0, num_predictors=3, dropout=0.0)
     config.opt.update(learning_rate=8e-5, warmup_steps=50, weight_decay=0.0)
     config.train.update(dtype="bfloat16", remat="dots", num_epochs=4)
-    config.eval.update(tasks="starts_with,exact_match", max_new_tokens=96, batch_size=512)
+    config.eval.update(tasks="starts_with,exact_match", max_new_tokens=96)
     return finish(config, arg)

@@ -43,14 +43,17 @@ def cache_bytes(model: ModelConfig, tensor: int, slots: int, dtype: Any) -> floa
 
 
 def weight_bytes(params: Any, mesh: Mesh, dtype: Any) -> float:
-    """What a device may hold of the parameters beside what it stores, in bytes: a copy in the compute type where that
-    is another one, and the parts of others where they are gathered.
+    """What a device may hold of the parameters beside what it stores, in bytes: the head as its product reads it, and a
+    copy of everything where the compute type is another one, or where parts of others are gathered.
     """
-    leaves = jax.tree.leaves(params)
-    stored_whole = mesh.shape["fsdp"] * mesh.shape["context"] == 1
-    if stored_whole and all(leaf.dtype == jnp.dtype(dtype) for leaf in leaves):
-        return 0.0
-    return sum(leaf.size for leaf in leaves) * jnp.dtype(dtype).itemsize / mesh.shape["tensor"]
+    leaves, width = jax.tree.leaves(params), jnp.dtype(dtype).itemsize
+    embedding = params["embedding"]
+    held = float(embedding.size * embedding.dtype.itemsize)
+    if any(leaf.dtype != jnp.dtype(dtype) for leaf in leaves):
+        held += embedding.size * width + sum(leaf.size for leaf in leaves) * width
+    elif mesh.shape["fsdp"] * mesh.shape["context"] > 1:
+        held += sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return held / mesh.shape["tensor"]
 
 
 def free_bytes(mesh: Mesh) -> float:
@@ -111,6 +114,8 @@ def in_batches(
     while left:
         rows = rows_for(left[-1], len(left))
         rows = min(rows, most) if most else rows
+        if len(left) == len(order):
+            LOG.info("%d sequences go through the model, %d at a time", len(left), rows)
         try:
             run(left[-rows:], rows)
         except jax.errors.JaxRuntimeError as error:
