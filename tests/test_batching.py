@@ -10,7 +10,7 @@ import pytest
 
 from llm_jepa_jax.config import MeshConfig, ModelConfig
 from llm_jepa_jax.errors import UserError
-from llm_jepa_jax.eval.batching import MOST_ROWS, fitting_rows, free_bytes, in_batches, weight_bytes
+from llm_jepa_jax.eval.batching import MOST_CPU_ROWS, fitting_rows, free_bytes, in_batches, weight_bytes
 from llm_jepa_jax.eval.generate import Generator, Vocabulary
 from llm_jepa_jax.models.transformer import abstract_params
 from llm_jepa_jax.parallel.mesh import make_mesh
@@ -51,11 +51,11 @@ def test_reckoned_bytes_cover_what_a_compiled_program_holds(changes, dtype):
     ("row_bytes", "free", "wanted", "shards", "rows"),
     [
         (10, 1000, 500, 1, 64), (10, 1000, 500, 4, 256), (10, 1000, 5, 1, 8), (10, 1000, 5, 4, 8), (10, 9, 5, 1, 1),
-        (10, -5, 5, 8, 8), (1, 10**9, 10**6, 2, 2 * MOST_ROWS), (1, 10**9, 1, 1, 1), (10, 39, 99, 1, 2),
+        (10, -5, 5, 8, 8), (1, 10**9, 10**6, 2, 2 * MOST_CPU_ROWS), (1, 10**9, 1, 1, 1), (10, 39, 99, 1, 2),
     ],
 )  # fmt: skip
 def test_rows_are_powers_of_two_that_fit(row_bytes, free, wanted, shards, rows):
-    assert fitting_rows(row_bytes, free, wanted, shards) == rows
+    assert fitting_rows(row_bytes, free, wanted, make_mesh(MeshConfig(), jax.devices()[:shards])) == rows
 
 
 def test_simulated_devices_share_the_memory_of_the_machine():

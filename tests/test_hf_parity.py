@@ -12,8 +12,9 @@ import pytest
 import llm_jepa_jax as lj
 from llm_jepa_jax.batch import FIELDS, Batch, RowShape, abstract_batch
 from llm_jepa_jax.eval.encode import hidden_states, pad_right
+from llm_jepa_jax.eval.generate import SHARED_PAYS
 from llm_jepa_jax.models.transformer import forward_states
-from llm_jepa_jax.parallel.sharding import rows_sharding
+from llm_jepa_jax.parallel.sharding import num_row_shards, rows_sharding
 from llm_jepa_jax.train.state import state_factory
 from llm_jepa_jax.train.step import make_train_step
 from tests.hf_models import CASES, make_model, reference
@@ -27,6 +28,8 @@ LIKE_ANOTHER = (
     "phi-grouped-tied", "gemma3-untied",
 )  # fmt: skip
 """Of a family that another case trains too; training them is slow."""
+SHARING = ("llama3", "mistral", "qwen2-windows", "gemma2", "gemma3", "phi")
+"""Of each kind of attention and of block: those asked behind a shared prefix too, which is then encoded once."""
 
 
 def error(ours, theirs):
@@ -75,13 +78,17 @@ def test_packed_segments_equal_sequences_alone(case):
         start += len(tokens)
 
 
-def test_greedy_answers_are_token_for_token_the_same(case):
-    """20 prompts of many lengths in one batch, of those whose every choice leads by more than 1e-3."""
+@pytest.mark.parametrize(("case", "shared"), [(c, 0) for c in CASES] + [(c, 64) for c in SHARING], indirect=["case"])
+def test_greedy_answers_are_token_for_token_the_same(case, shared):
+    """20 prompts of many lengths in one batch, of those whose every choice leads by more than 1e-3; also behind tokens
+    that they share."""
     import torch
 
     _, model, _, lm = case
-    rng, new, width = np.random.default_rng(2), 16, 84
-    prompts = [rng.integers(20, 96, 3 * length).tolist() for length in range(1, 29)]
+    rng, new, width = np.random.default_rng(2), 16, 84 + shared
+    prefix = rng.integers(20, 96, shared).tolist()
+    prompts = [prefix + rng.integers(20, 96, 3 * length).tolist() for length in range(1, 29)]
+    assert not shared or (len(prompts) - num_row_shards(lm.run.mesh)) * shared >= SHARED_PAYS
     padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     theirs = model.generate(

@@ -58,7 +58,12 @@ def states(params, tokens_BxS, first_slot_B, new_BxT, *, model, shared):
     return jnp.stack(found, axis=1)
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("plain", "windows of 40 in all layers, yarn", "parallel blocks")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+)
 def test_states_are_those_of_whole_prompts(name):
     """Behind prompts of many lengths and behind the next tokens; and whatever lies in the padding."""
     model, rng = model_of(MODELS[name]), np.random.default_rng(0)
@@ -91,24 +96,43 @@ def prompts(count=20):
     return [prefix + rng.integers(0, 512, 1 + 2 * i).tolist() for i in range(count)]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 50, 0.9)], ids=["greedy", "sampled"])
+MESHES = {
+    "1": (1, {}, 0),
+    "8": (8, {}, 8),
+    "fsdp, tensor": (8, {"fsdp": 2, "tensor": 2, "data": 2}, 0),
+    "context": (4, {"context": 2, "data": 2}, 8),
+}
+"""Devices, sizes of the mesh, batch size."""
+GREEDY, SAMPLED = Sampling(), Sampling(1.0, 50, 0.9)
+FAST = (("1", SAMPLED), ("fsdp, tensor", SAMPLED), ("context", GREEDY))
+EVERY = [(mesh, sampling) for mesh in MESHES for sampling in (GREEDY, SAMPLED)]
+
+
+@functools.cache
+def answers_alone(sampling):
+    """One prompt at a time, each read whole."""
+    patched = pytest.MonkeyPatch()
+    patched.setattr(generate, "SHARED_PAYS", 10**9)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    found = Generator(CONFIG, Vocabulary(512, (7,)), mesh, 6, 1, jnp.float32, sampling)(PARAMS, prompts(), seed=5)
+    patched.undo()
+    return found
+
+
 @pytest.mark.parametrize(
-    ("devices", "sizes", "batch_size"),
-    [(1, {}, 0), (8, {}, 8), (8, {"fsdp": 2, "tensor": 2, "data": 2}, 0), (4, {"context": 2, "data": 2}, 8)],
+    ("mesh", "sampling"),
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in EVERY],
+    ids=[f"{mesh}-{'sampled' if sampling.temperature else 'greedy'}" for mesh, sampling in EVERY],
 )
-def test_answers_are_those_without(monkeypatch, caplog, devices, sizes, batch_size, sampling):
+def test_answers_are_those_of_each_prompt_alone(monkeypatch, caplog, mesh, sampling):
     """Bit-equal tokens, in another order too, on meshes of every kind."""
-    mesh, order = make_mesh(MeshConfig(**sizes), jax.devices()[:devices]), np.random.default_rng(2).permutation(20)
-    make = functools.partial(Generator, CONFIG, Vocabulary(512, (7,)))
-    asked = prompts()
+    expected, order = answers_alone(sampling), np.random.default_rng(2).permutation(20)
+    devices, sizes, batch_size = MESHES[mesh]
     caplog.set_level(logging.INFO, "llm_jepa_jax")
-    with monkeypatch.context() as patched:
-        patched.setattr(generate, "SHARED_PAYS", 10**9)
-        alone = make_mesh(MeshConfig(), jax.devices()[:1])
-        expected = make(alone, 6, 8, jnp.float32, sampling)(PARAMS, asked, seed=5)
-    assert "encoded once" not in caplog.text
     monkeypatch.setattr(generate, "SHARED_PAYS", 64)
-    found = make(mesh, 6, batch_size, jnp.float32, sampling)(PARAMS, [asked[i] for i in order], seed=5)
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
+    make = Generator(CONFIG, Vocabulary(512, (7,)), mesh, 6, batch_size, jnp.float32, sampling)
+    found = make(PARAMS, [prompts()[i] for i in order], seed=5)
     assert "64 tokens that all prompts begin with are encoded once" in caplog.text
     assert found == [expected[i] for i in order]
     assert len({tuple(answer) for answer, _ in expected}) > 15

@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.errors import UserError
+from llm_jepa_jax.parallel.sharding import num_row_shards
 
 LOG = logging.getLogger("llm_jepa_jax")
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.4
 """Of the memory that is free, what a batch may take: a device's own, or the host's, which others use too."""
-MOST_ROWS = 256
-"""For each row shard: larger batches gain no speed, and wait for their longest answer."""
+MOST_ROWS, MOST_CPU_ROWS = 512, 64
+"""For each row shard; larger batches wait longer for their longest answer, and on CPUs gain no speed."""
 
 
 def forward_bytes(model: ModelConfig, tensor: int, tokens: int, slots: int, dtype: Any) -> float:
@@ -87,11 +88,13 @@ def _host_bytes() -> float:
     return max(0.0, free)
 
 
-def fitting_rows(row_bytes: float, free: float, wanted: int, shards: int) -> int:
-    """How many rows to take of so many wanted: for each row shard a power of two, at least 1 and at most `MOST_ROWS`,
-    whose bytes are free, and no larger than needed.
+def fitting_rows(row_bytes: float, free: float, wanted: int, mesh: Mesh) -> int:
+    """How many rows to take of so many wanted: for each row shard a power of two, at least 1 and at most `MOST_ROWS`
+    (`MOST_CPU_ROWS`), whose bytes are free, and no larger than needed.
     """
-    fits = max(1, min(MOST_ROWS, int(free // max(row_bytes, 1.0))))
+    shards = num_row_shards(mesh)
+    most = MOST_CPU_ROWS if mesh.devices.flat[0].platform == "cpu" else MOST_ROWS
+    fits = max(1, min(most, int(free // max(row_bytes, 1.0))))
     return shards * min(2 ** (fits.bit_length() - 1), 2 ** math.ceil(math.log2(max(1, -(-wanted // shards)))))
 
 

@@ -82,7 +82,7 @@ class Generator:
         def rows_for(longest: int, left: int) -> int:
             if self.batch_size:
                 return -(-min(self.batch_size, len(prompts)) // shards) * shards
-            return fitting_rows(self._row_bytes(_padded(len(prompts[longest]) - shared), shared), free, left, shards)
+            return fitting_rows(self._row_bytes(_padded(len(prompts[longest]) - shared), shared), free, left, self.mesh)
 
         def run(chosen: Sequence[int], rows: int) -> None:
             own = [prompts[i][shared:] for i in chosen]

@@ -96,7 +96,7 @@ def log_probabilities(
             return -(-min(batch_size, len(questions)) // shards) * shards
         length = len(questions[longest].tokens) + LENGTH_MULTIPLE
         row_bytes = forward_bytes(config, mesh.shape["tensor"], length, SLOT_CHUNK, dtype)
-        return fitting_rows(row_bytes, free, left, shards)
+        return fitting_rows(row_bytes, free, left, mesh)
 
     def run(chosen: Sequence[int], rows: int) -> None:
         batch = [questions[i] for i in chosen]
