@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+import numbers
 
 from llm_jepa_jax.schema import key
 
@@ -39,11 +40,11 @@ class EvalConfig:
 
 def sampling_fault(temperature: float, top_k: int, top_p: float) -> tuple[str, object, str] | None:
     """The setting of sampling that is wrong, its value, and what would be right; None: none is."""
-    if not 0 <= temperature < math.inf:
+    if not isinstance(temperature, numbers.Real) or not 0 <= temperature < math.inf:
         return "temperature", temperature, "is no temperature; use 0 (greedy) or a number above it"
-    if not isinstance(top_k, int) or top_k < 0:
+    if not isinstance(top_k, numbers.Integral) or top_k < 0:
         return "top_k", top_k, "is no number of tokens; use 0 (off) or a whole number above it"
-    if not 0 < top_p <= 1:
+    if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
         return "top_p", top_p, "is no share to draw from; use a number above 0, up to 1 (off)"
     for name, value, off in (("top_k", top_k, 0), ("top_p", top_p, 1)):
         if not temperature and value != off:

@@ -50,7 +50,7 @@ def test_reckoned_bytes_cover_what_a_compiled_program_holds(changes, dtype):
 @pytest.mark.parametrize(
     ("row_bytes", "free", "wanted", "shards", "rows"),
     [
-        (10, 1000, 500, 1, 64), (10, 1000, 500, 4, 256), (10, 1000, 5, 1, 8), (10, 1000, 5, 4, 8), (10, 9, 5, 1, 1),
+        (10, 300, 500, 1, 16), (10, 300, 500, 4, 64), (10, 1000, 5, 1, 8), (10, 1000, 5, 4, 8), (10, 9, 5, 1, 1),
         (10, -5, 5, 8, 8), (1, 10**9, 10**6, 2, 2 * MOST_CPU_ROWS), (1, 10**9, 1, 1, 1), (10, 39, 99, 1, 2),
     ],
 )  # fmt: skip

@@ -313,6 +313,12 @@ def test_token_ids_are_continued_without_a_tokenizer(tmp_path):
         assert len(answer) == 6
         (logits,) = lm.logits([[*prompt, *answer]])
         assert logits[len(prompt) - 1 : -1].argmax(axis=1).tolist() == answer
+    assert lm.generate(prompts, 6, temperature=1.5, top_k=1) == answers
+    first, again, other = (lm.generate(prompts * 2, 6, temperature=1.5, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other and first[:3] != first[3:]
+    for settings in ({"top_k": 5}, {"temperature": "hot"}, {"temperature": 1, "top_p": 2}, {"max_new_tokens": 0}):
+        with pytest.raises(UserError, match=f"^{list(settings)[-1]}="):
+            lm.generate(prompts, **settings)
     end = answers[0][2]
     edit(tmp_path / "m" / "config.json", eos_token_id=end)
     assert lj.load(tmp_path / "m").generate(prompts[:1], max_new_tokens=6) == [answers[0][: answers[0].index(end)]]

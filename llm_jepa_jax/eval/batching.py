@@ -21,7 +21,7 @@ from llm_jepa_jax.parallel.sharding import num_row_shards
 LOG = logging.getLogger("llm_jepa_jax")
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.4
 """Of the memory that is free, what a batch may take: a device's own, or the host's, which others use too."""
-MOST_ROWS, MOST_CPU_ROWS = 512, 64
+MOST_ROWS, MOST_CPU_ROWS = 512, 32
 """For each row shard; larger batches wait longer for their longest answer, and on CPUs gain no speed."""
 
 

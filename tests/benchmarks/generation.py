@@ -58,6 +58,7 @@ def theirs(model: ModelConfig, new: int) -> Answer | None:
         num_key_value_heads=model.num_kv_heads, max_position_embeddings=model.max_positions, tie_word_embeddings=True,
         eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
+    torch.set_num_threads(1)  # of a token's small products, threads that wait for each other are the larger part
     llama = transformers.LlamaForCausalLM(config).eval()
 
     def answer(prompts: Sequence[Sequence[int]]) -> None:
