@@ -39,7 +39,7 @@ def oracle(logits_V, temperature, top_k, top_p):
     weights = np.exp(scaled - scaled.max())
     total, kept = weights[falling].sum(), []
     for i in falling:
-        if kept and weights[kept].sum() >= top_p * total * (1 - 1e-12) and scaled[i] < scaled[kept[-1]]:
+        if kept and top_p < 1 and weights[kept].sum() >= top_p * total * (1 - 1e-12) and scaled[i] < scaled[kept[-1]]:
             break
         kept.append(i)
     probabilities = np.zeros(len(scaled))

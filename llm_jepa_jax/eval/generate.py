@@ -72,7 +72,8 @@ class Generator:
                 `model.max_positions`, or one prompt a device does not fit memory.
         """
         self._check(prompts)
-        shards, answers = num_row_shards(self.mesh), [([], False)] * len(prompts)  # type: list[tuple[list[int], bool]]
+        shards = num_row_shards(self.mesh)
+        answers: list[tuple[list[int], bool]] = [([], False)] * len(prompts)
         keys_nx2 = prompt_keys(seed, prompts)
         shared = self._shared(prompts)
         prefix = self._prefix(params, prompts[0][:shared]) if shared else None
@@ -116,7 +117,7 @@ class Generator:
         return alike if (len(prompts) - num_row_shards(self.mesh)) * alike >= SHARED_PAYS else 0
 
     def _row_bytes(self, own: int, shared: int) -> float:
-        """What a prompt takes of a device: its cache, twice while it is laid out, and the larger of the two passes."""
+        """What a prompt takes of a device: its cache, twice while it is laid out, and what the prefill and the head hold."""
         tensor, slots = self.mesh.shape["tensor"], own + shared + self.max_new_tokens
         cache = cache_bytes(self.model, tensor, slots, self.dtype)
         return 2 * cache + forward_bytes(self.model, tensor, own + shared, 1, self.dtype)
