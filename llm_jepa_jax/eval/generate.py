@@ -117,7 +117,7 @@ class Generator:
         return alike if (len(prompts) - num_row_shards(self.mesh)) * alike >= SHARED_PAYS else 0
 
     def _row_bytes(self, own: int, shared: int) -> float:
-        """What a prompt takes of a device: its cache, twice while it is laid out, and what the prefill and the head hold."""
+        """What a prompt takes of a device: its cache, twice while it is laid out, and what prefill and head hold."""
         tensor, slots = self.mesh.shape["tensor"], own + shared + self.max_new_tokens
         cache = cache_bytes(self.model, tensor, slots, self.dtype)
         return 2 * cache + forward_bytes(self.model, tensor, own + shared, 1, self.dtype)
