@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from llm_jepa_jax.errors import UserError
 
@@ -39,11 +40,13 @@ def check_umap() -> None:
     """
     if importlib.util.find_spec("umap") is None:
         raise UserError(
-            "--umap: needs umap-learn, which is not installed; `pip install umap-learn`, or leave the flag out: "
-            "PCA and t-SNE are always drawn"
+            '--umap: needs umap-learn, which is not installed; `pip install -e ".[analysis]"`, or leave the '
+            "flag out: PCA and t-SNE are always drawn"
         )
 
 
 def _fitted(method: Any, both: np.ndarray, num_texts: int) -> Places:
-    places = method.fit_transform(both)
+    # Threads add in an order of their own, and on a busy machine wait for each other in every one of a thousand steps.
+    with threadpool_limits(1, user_api="openmp"):
+        places = method.fit_transform(both)
     return places[:num_texts], places[num_texts:]
