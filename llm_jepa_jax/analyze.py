@@ -82,6 +82,8 @@ def analyze(request: Request) -> dict[str, Any]:
     fits_P = np.logical_and.reduce([each.fits_P for each in found.values()])
     if not fits_P.all():
         notes.append(f"{(~fits_P).sum()} of {len(pairs)} pairs are longer than a model's max_positions and left out.")
+    if len({each.facts["read"] for each in found.values()}) > 1:
+        notes.append("Not all models are read at the same place, each as it was trained: column “read”.")
     pairs = pairs.only(fits_P)
     _check_enough(pairs, source)
     if jax.process_index():

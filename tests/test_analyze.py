@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--mode=analyze` on a trained run, one of its checkpoints and its export; what it says to wrong input; its page."""
 
+import gc
 import json
 import re
+import weakref
 
+import jax
 import numpy as np
 import pytest
 
 import llm_jepa_jax as lj
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.main import main, run
-from llm_jepa_jax.named_models import find_models
+from llm_jepa_jax.named_models import Model, find_models
 from tests.browser import needs_chromium, opened
 from tests.test_initial import QUICK
 
@@ -37,11 +40,28 @@ def trained(tmp_path_factory):
     return place
 
 
-def test_a_runs_first_checkpoint_and_the_export_of_its_last(trained):
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    """Opening a model fails where weights of another are still held; gives how many there were of all."""
+    held, original = [], Model.open
+
+    def opened(model):
+        gc.collect()
+        assert all(reference() is None or reference().is_deleted() for reference in held)
+        found = original(model)
+        held.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(found.params))
+        return found
+
+    monkeypatch.setattr(Model, "open", opened)
+    return held
+
+
+def test_a_runs_first_checkpoint_and_the_export_of_its_last(trained, one_at_a_time):
     """The same pairs through both, in both readings; one record is too long; both are asked now."""
     out = trained / "out"
     models = [f"--models=first={trained}/run/checkpoints/1", f"--models=HF={trained}/exported"]
     result = analyze(*models, f"--data={trained}/records.jsonl", f"--out={out}", "--examples=24", "--answers")
+    assert len(one_at_a_time) > 20
     numbers = json.loads((out / "analysis.json").read_text())
     assert result["pairs"] == 23 == len(numbers["data"]["records"]) and numbers["data"]["different_texts"] == 23
     assert [numbers["models"][name]["step"] for name in ("first", "HF")] == [1, None]

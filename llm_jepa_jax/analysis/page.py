@@ -12,7 +12,7 @@ h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2.2rem}
 .card{border:1px solid #dde3e8;border-radius:8px;padding:.6rem 1rem;min-width:7.5rem}
 .card b{display:block;font-size:1.35rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(21rem,1fr));gap:1.2rem}
-figure{margin:0} img{width:100%} figcaption{color:#667380;font-size:.88rem}
+figure{margin:0} .plots .wide{grid-column:1/-1} img{width:100%} figcaption{color:#667380;font-size:.88rem}
 table{border-collapse:collapse;width:100%;font-size:.88rem}
 td,th{border-bottom:1px solid #e6eaee;padding:.35rem .5rem;text-align:left;vertical-align:top}
 code{font-family:ui-monospace,monospace;overflow-wrap:anywhere}
@@ -34,10 +34,10 @@ def page(title: str, body: Sequence[str], css: str = "") -> bytes:
     return text.encode("utf-8", "backslashreplace")  # answers may hold half a surrogate pair
 
 
-def figure(name: str, png: bytes, caption: str) -> str:
-    """A picture with what it says below it."""
+def figure(name: str, png: bytes, caption: str, wide: bool = False) -> str:
+    """A picture with what it says below it; a wide one takes the whole width of `.plots`."""
     data = base64.b64encode(png).decode()
     return (
-        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+        f'<figure{" class=wide" if wide else ""}><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )

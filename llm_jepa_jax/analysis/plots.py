@@ -127,6 +127,7 @@ def draw_plane(axes: matplotlib.axes.Axes, text_Px2: np.ndarray, code_Px2: np.nd
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.spines[:].set_visible(False)
 
 
 def cosine_histogram(text_PxD: np.ndarray, code_PxD: np.ndarray) -> Figure:

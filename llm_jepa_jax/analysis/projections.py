@@ -29,7 +29,7 @@ def umap_places(text_PxD: np.ndarray, code_PxD: np.ndarray) -> Places:
 
     both = np.concatenate([text_PxD, code_PxD])
     neighbours = min(15, len(both) - 1)
-    return _fitted(umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=0), both, len(text_PxD))
+    return _fitted(umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=0, n_jobs=1), both, len(text_PxD))
 
 
 def check_umap() -> None:

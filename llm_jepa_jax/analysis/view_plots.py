@@ -16,8 +16,6 @@ from llm_jepa_jax.analysis.projections import Places
 PALETTE = (GREY, BLUE, ORANGE, GREEN, "#8a5fb0", "#b5382f", "#3aa6b9", "#7a6a4f")
 WORST_SHOWN = 2.0
 """Longest bar of a share of variance left; longer ones are cut, their number says so."""
-COLUMNS = 3
-"""Panels side by side."""
 Label = tuple[str, str]
 """Model and reading."""
 
@@ -39,7 +37,8 @@ def _colours(labels: Sequence[Label]) -> dict[Label, str]:
 
 
 def _panels(number: int, height: float) -> tuple[Figure, list[matplotlib.axes.Axes]]:
-    columns = min(number, COLUMNS)
+    """Up to three side by side, four as a square."""
+    columns = 2 if number == 4 else min(number, 3)
     rows = -(-number // columns)
     figure = Figure(figsize=(max(3.6 * columns, 5.4), height * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -85,7 +84,8 @@ def linear_maps(measured: Mapping[Label, Measured]) -> Figure:
         drawn = axes.barh(heights, np.minimum(values, WORST_SHOWN), 0.18, color=colour, label=name)
         axes.bar_label(drawn, [f" {value:.2g}" for value in values], color=INK, fontsize=7)
     axes.axvline(1.0, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_xlim(0, WORST_SHOWN * 1.12)
+    longest = max(max(bar.get_width() for bar in group) for group in axes.containers)
+    axes.set_xlim(0, max(1.1, longest * 1.12))
     axes.set_yticks(places, [named(label) for label in measured])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
@@ -107,6 +107,7 @@ def cosine_histograms(measured: Mapping[Label, Measured]) -> Figure:
         axes.set_title(named(label))
         axes.set_xlabel("cosine")
         axes.set_ylabel("pairs")
+        axes.margins(y=0.35)
         axes.legend(loc="upper left", fontsize=8)
     return figure
 
@@ -125,9 +126,9 @@ def recalls(measured: Mapping[Label, Measured]) -> Figure:
         drawn = axes.bar(
             places, values, width * 0.92, color=colours[label], hatch=hatch, edgecolor="white", label=named(label)
         )
-        axes.bar_label(drawn, [f"{value:.0f}" for value in values], fontsize=7, color=INK)
+        axes.bar_label(drawn, [f"{value:.{value < 9.95:d}f}" for value in values], fontsize=7, color=INK)
     axes.set_xticks(np.arange(len(groups)), [f"{way.replace('_to_', ' → ')} @{k}" for way, k in groups])
-    axes.set_ylim(0, 112)
+    axes.margins(y=0.1)
     axes.grid(False, axis="x")
     figure.legend(loc="outside right upper")
     return figure

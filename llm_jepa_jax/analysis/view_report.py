@@ -26,6 +26,8 @@ PROJECTED = 500
 """Pairs in the plane, taken evenly: more would hide each other."""
 CHANGES_SHOWN = 25
 """Of each kind on the page; the JSONL has all."""
+WIDE = 9.0
+"""Inches from which a picture takes the page's whole width."""
 MORE_CSS = """
 body{max-width:76rem} .plots{grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:2rem}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap} .scroll{overflow-x:auto}
@@ -84,8 +86,10 @@ def write_analysis(analysis: Analysis, out: pathlib.Path) -> None:
     images = []
     with matplotlib.rc_context(STYLE):
         for name, caption in _captions(analysis).items():
-            _draw(name, analysis).savefig(out / "plots" / f"{name}.png")
-            images.append(figure(name, (out / "plots" / f"{name}.png").read_bytes(), caption))
+            drawn = _draw(name, analysis)
+            drawn.savefig(out / "plots" / f"{name}.png")
+            wide = drawn.get_size_inches()[0] > WIDE
+            images.append(figure(name, (out / "plots" / f"{name}.png").read_bytes(), caption, wide))
     names = " · ".join(analysis.models)
     body = [
         f'<h1>{html.escape(names)}</h1><p class="dim">{html.escape(_about(analysis.pairs))}</p>',
