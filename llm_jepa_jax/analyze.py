@@ -105,8 +105,8 @@ def _checked_out(request: Request) -> pathlib.Path:
         raise UserError(f"--out={request.out}: holds a run or a model; name a directory of its own")
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--out={request.out}: is a file, or below one; name a directory") from error
+    except OSError as error:
+        raise UserError(f"--out={request.out}: cannot be made ({error.strerror}); name another directory") from error
     return out
 
 

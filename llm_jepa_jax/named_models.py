@@ -11,6 +11,8 @@ from typing import Any
 
 from llm_jepa_jax.analysis.model_card import TRAINING
 from llm_jepa_jax.checkpoint.hf_directory import is_published
+from llm_jepa_jax.checkpoint.hub import is_hub_id
+from llm_jepa_jax.checkpoint.manager import saved_steps
 from llm_jepa_jax.checkpoint.places import Place, is_url, on_this_machine, place
 from llm_jepa_jax.config import Config, freeze
 from llm_jepa_jax.errors import UserError
@@ -80,14 +82,16 @@ def find_models(arguments: Sequence[str]) -> list[Model]:
             name, directory = "", argument
         model = _find(name, directory)
         if any(model.name == other.name for other in models):
-            raise UserError(f"--models: two are called {model.name}; name them, as in --models=other={directory}")
+            raise UserError(
+                f"--models: two are called {model.name}; name one otherwise, as in --models=other={directory}"
+            )
         models.append(model)
     return models
 
 
 def _find(name: str, given: str) -> Model:
     directory = place(given)
-    own = _name(directory)
+    own = given.rpartition("/")[2] if is_hub_id(given) else _name(directory)
     if is_published(directory):
         return Model(name or own, directory, None)
     step = None
@@ -100,6 +104,8 @@ def _find(name: str, given: str) -> Model:
             f"--models={given}: {directory} has no {missing[0]}; name a run's directory ({', '.join(FILES)}), "
             "RUN/checkpoints/STEP, or a published model's"
         )
+    if step is not None and step not in (steps := saved_steps(directory / "checkpoints")):
+        raise UserError(f"--models={given}: no whole checkpoint of step {step}; there are {', '.join(map(str, steps))}")
     return Model(name or own, directory, freeze(load_json(directory / "config.json")), step)
 
 

@@ -90,15 +90,34 @@ def test_a_runs_first_checkpoint_and_the_export_of_its_last(trained, one_at_a_ti
     assert not re.search(r'(src|href)="(?!data:)', page) and "Fixed and broken: first → HF" in page
 
 
+def copied(run, target, **facts):
+    """The same run with other facts about its records."""
+    target.mkdir()
+    for path in run.iterdir():
+        (target / path.name).symlink_to(path)
+    (target / "run.json").unlink()
+    (target / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | facts))
+    return target
+
+
+def test_runs_that_held_out_other_records_need_a_file(trained, tmp_path):
+    other = copied(trained / "run", tmp_path / "other", eval_hash="0")
+    with pytest.raises(UserError, match="other was evaluated on other records than run.*pass --data=FILE.jsonl"):
+        analyze(f"--models={trained}/run", f"--models={other}", f"--out={tmp_path}/out")
+
+
 @pytest.mark.slow
 def test_without_data_the_runs_own_records_and_answers_are_taken(trained, tmp_path):
-    models = [f"--models=a={trained}/run", f"--models=b={trained}/run", f"--models=c={trained}/exported"]
-    result = analyze(*models, f"--out={tmp_path}", "--examples=12")
-    numbers = json.loads((tmp_path / "analysis.json").read_text())
+    facts = json.loads((trained / "run" / "run.json").read_text())
+    copied(trained / "run", tmp_path / "copy", train_hash=facts["eval_hash"])
+    models = [f"--models=a={trained}/run", f"--models=b={tmp_path}/copy", f"--models=c={trained}/exported"]
+    result = analyze(*models, f"--out={tmp_path}/out", "--examples=12")
+    numbers = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert numbers["data"]["records"][0] == "synthetic:eval:1"
     assert result["models"]["a/Enc"] == result["models"]["b/Enc"]
     [change] = result["changes"]
     assert (change["asked"], change["fixed"], change["broken"], change["mcnemar_p"]) == (2, 0, 0, 1.0)
+    assert "b was trained on these very records: its numbers are not those of new ones." in numbers["notes"]
     [left_out] = [note for note in numbers["notes"] if "left out" in note]
     assert "from b to c is left out: c is a published model, which holds no answers; pass --answers" in left_out
 
@@ -109,10 +128,10 @@ def test_without_data_the_runs_own_records_and_answers_are_taken(trained, tmp_pa
         (["--out=OUT"], "nothing to look at; pass --models=NAME=DIR"),
         (["--models=RUN"], "nowhere to write; pass --out=DIR"),
         (["--models=RUN", "--out=RUN"], "holds a run or a model; name a directory of its own"),
-        (["--models=RUN", "--out=DATA"], "is a file, or below one; name a directory"),
-        (["--models=RUN", "--models=RUN", "--out=OUT"], "two are called run; name them"),
+        (["--models=RUN", "--out=DATA"], "cannot be made (File exists); name another directory"),
+        (["--models=RUN", "--models=RUN", "--out=OUT"], "two are called run; name one otherwise"),
         (["--models=x=DIR", "--out=OUT"], "has no config.json; name a run's directory"),
-        (["--models=RUN/checkpoints/7", "--out=OUT"], "no checkpoint of step 7"),
+        (["--models=RUN/checkpoints/7", "--out=OUT"], "no whole checkpoint of step 7; there are 1, 2"),
         (["--models=HF", "--out=OUT"], "have no records of their own; pass --data=FILE.jsonl"),
         (["--models=RUN", "--out=OUT", "--data=DIR/no.jsonl"], "name a JSONL file"),
         (["--models=RUN", "--out=OUT", "--data=FEW"], "give at least 10 pairs of several texts"),

@@ -135,10 +135,10 @@ def _captions(analysis: Analysis) -> dict[str, str]:
         f"round. A random order gets {100 * chance[1]:.2g}% and {100 * chance[10]:.2g}%; ties count as a random order.",
         "alignment_uniformity": "Lower left is better: pairs close together, everything else spread over the sphere. "
         "Lower right: pairs are close because everything is (collapse).",
-        "pca": "PCA: the plane in which all embeddings of a model vary most. Grey lines join the views of one record: short "
-        "lines mean that they agree. Two clouds apart: the views differ by a constant direction.",
-        "tsne": "t-SNE: neighbours stay neighbours; distances between far groups mean nothing. Blue and orange mixed: the two "
-        "views of a record are nearer to each other than to other records.",
+        "pca": "PCA: the plane in which all embeddings of a model vary most. Grey lines join the views of one record: "
+        "short lines mean that they agree. Two clouds apart: the views differ by a constant direction.",
+        "tsne": "t-SNE: neighbours stay neighbours; distances between far groups mean nothing. Blue and orange mixed: "
+        "the two views of a record are nearer to each other than to other records.",
     }  # fmt: skip
     return captions | ({"umap": "UMAP: as t-SNE, by another method: what both show is there."} if analysis.umap else {})
 
