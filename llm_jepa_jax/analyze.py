@@ -169,7 +169,7 @@ def _check_enough(pairs: Pairs, source: Source) -> None:
 
 
 def _look(model: Model, run: Run, pairs: Pairs) -> Found:
-    """Both views of all pairs, in every reading that the model has."""
+    """Both views of all pairs: as they are (`Enc`), and with predictor tokens if the model was trained with any."""
     jepa = model.jepa(run)
     readings: dict[str, int | None] = {"Enc": 0}
     if jepa.weight and jepa.num_predictors:

@@ -82,9 +82,7 @@ def find_models(arguments: Sequence[str]) -> list[Model]:
             name, directory = "", argument
         model = _find(name, directory)
         if any(model.name == other.name for other in models):
-            raise UserError(
-                f"--models: two are called {model.name}; name one otherwise, as in --models=other={directory}"
-            )
+            raise UserError(f"--models: two are called {model.name}; name one, as in --models=other={directory}")
         models.append(model)
     return models
 

@@ -129,7 +129,7 @@ def test_without_data_the_runs_own_records_and_answers_are_taken(trained, tmp_pa
         (["--models=RUN"], "nowhere to write; pass --out=DIR"),
         (["--models=RUN", "--out=RUN"], "holds a run or a model; name a directory of its own"),
         (["--models=RUN", "--out=DATA"], "cannot be made (File exists); name another directory"),
-        (["--models=RUN", "--models=RUN", "--out=OUT"], "two are called run; name one otherwise"),
+        (["--models=RUN", "--models=RUN", "--out=OUT"], "two are called run; name one, as in"),
         (["--models=x=DIR", "--out=OUT"], "has no config.json; name a run's directory"),
         (["--models=RUN/checkpoints/7", "--out=OUT"], "no whole checkpoint of step 7; there are 1, 2"),
         (["--models=HF", "--out=OUT"], "have no records of their own; pass --data=FILE.jsonl"),

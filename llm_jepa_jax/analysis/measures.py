@@ -23,8 +23,6 @@ KS = (1, 10)
 """Of recall@k."""
 SEED = 0
 """Of shuffled and permuted pairs and of Gaussian codes: the same for every model."""
-READINGS = ("Enc", "Pred")
-"""`Enc`: both views end with their content. `Pred`: the one that predicts has its predictor tokens behind it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,6 @@ def named(label: Label) -> str:
     return model if reading == "Enc" else f"{model}, with [PRED]"
 
 
-def text_name(label: Label) -> str:
-    return "Enc(Text)" if label[1] == "Enc" else "with [PRED]"
-
-
 def _colours(labels: Sequence[Label]) -> dict[Label, str]:
     """One for each model, in every picture the same; beyond the palette they come again."""
     models = list(dict.fromkeys(model for model, _ in labels))

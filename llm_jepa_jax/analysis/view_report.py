@@ -187,7 +187,8 @@ def _models(analysis: Analysis) -> str:
         for name, facts in analysis.models.items()
     ]
     both = (
-        "Enc(·) is the last hidden state of a view's last token, as the papers have it, and is there for every model. "
+        "Enc(·) is the hidden state at the place and layer that “read” names (the papers': a view's last token, last "
+        "layer), and is there for every model. "
         "“With [PRED]” has the predictor tokens beside the view that predicts, as training compares the two; only "
         "models trained with them have it. No learned linear predictor is applied. All is computed in float32."
     )  # fmt: skip
