@@ -110,11 +110,17 @@ def test_runs_that_held_out_other_records_need_a_file(trained, tmp_path):
 def test_without_data_the_runs_own_records_and_answers_are_taken(trained, tmp_path):
     facts = json.loads((trained / "run" / "run.json").read_text())
     copied(trained / "run", tmp_path / "copy", train_hash=facts["eval_hash"])
-    models = [f"--models=a={trained}/run", f"--models=b={tmp_path}/copy", f"--models=c={trained}/exported"]
+    (tmp_path / "foreign").mkdir()  # as others publish models: nothing says how it was trained
+    for path in (trained / "exported").iterdir():
+        if path.name != "training_config.json":
+            (tmp_path / "foreign" / path.name).symlink_to(path)
+    models = [f"--models=a={trained}/run", f"--models=b={tmp_path}/copy", f"--models=c={tmp_path}/foreign"]
     result = analyze(*models, f"--out={tmp_path}/out", "--examples=12")
     numbers = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert numbers["data"]["records"][0] == "synthetic:eval:1"
     assert result["models"]["a/Enc"] == result["models"]["b/Enc"]
+    assert "c/Pred" not in result["models"] and "a/Pred" in result["models"]
+    assert result["models"]["c/Enc"] == pytest.approx(result["models"]["a/Enc"], rel=1e-4)
     [change] = result["changes"]
     assert (change["asked"], change["fixed"], change["broken"], change["mcnemar_p"]) == (2, 0, 0, 1.0)
     assert "b was trained on these very records: its numbers are not those of new ones." in numbers["notes"]
