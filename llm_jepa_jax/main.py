@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=…]`."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -18,19 +19,26 @@ from llm_jepa_jax.errors import TRY_AGAIN, TryAgainError, UserError
 from llm_jepa_jax.huge_pages import use_huge_pages
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-MODES = ("train", "eval", "generate", "export", "verify", "inspect", "plan", "prepare")
+MODES = ("train", "eval", "generate", "export", "verify", "analyze", "inspect", "plan", "prepare")
 FORMATS = ("merged", "peft")
 USAGE = "python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=MODE] [--workdir=DIR]"
 FLAGS_OF_MODES = {
-    "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify", "eval", "prepare"),
+    "prompt": ("generate",), "rows": ("inspect",), "out": ("export", "verify", "analyze", "eval", "prepare"),
     "against": ("verify",),
     "max_positions": ("verify",), "dtype": ("export",), "shard_bytes": ("export",), "predictor_rows": ("export",),
     "format": ("export",), "topology": ("plan",), "search": ("plan",), "compiles": ("plan",),
     "chip_hour_price": ("plan",), "examples_per_row": ("plan",), "longest_segment": ("plan",),
     "epoch_tokens": ("plan",), "verbose": ("plan",), "dataset": ("prepare",), "source": ("prepare",),
     "sha256": ("prepare",), "columns": ("prepare",), "shards": ("prepare",), "processes": ("prepare",),
+    "models": ("analyze",), "data": ("analyze",), "examples": ("analyze",), "task": ("analyze",),
+    "answers": ("analyze",), "umap": ("analyze",),
 }  # fmt: skip
 """Flags that not every mode takes."""
+WITHOUT_CONFIG = {
+    "verify": "what is compared says what it is, and all devices are used",
+    "analyze": "the models say what they are, and all devices are used",
+}
+"""Modes that take no `--config`, and why."""
 MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 LOG = logging.getLogger("llm_jepa_jax")
 
@@ -47,8 +55,8 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string(
         "out",
         "",
-        "export, prepare: the directory to write; verify: where to put verify.png and verify.json; eval: where "
-        "verdicts and result.json go, not to the run's eval/",
+        "export, prepare, analyze: the directory to write; verify: where to put verify.png and verify.json; eval: "
+        "where verdicts and result.json go, not to the run's eval/",
         flag_values=values,
     )
     flags.DEFINE_enum("dtype", "", ("", *DTYPES), "export: type of the weights; empty: as they are", flag_values=values)
@@ -69,6 +77,7 @@ def define_flags(values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all of them", lower_bound=1, flag_values=values)
     _define_plan_flags(values)
     _define_prepare_flags(values)
+    _define_analyze_flags(values)
     flags.DEFINE_bool("debug", False, "show the stack trace of an error", flag_values=values)
 
 
@@ -99,6 +108,23 @@ def _define_prepare_flags(values: flags.FlagValues) -> None:
     whole("processes", 0, "prepare: processes that tokenise; 0: a core each", 0, flag_values=values)
 
 
+def _define_analyze_flags(values: flags.FlagValues) -> None:
+    text, yes = flags.DEFINE_string, flags.DEFINE_bool
+    flags.DEFINE_multi_string(
+        "models", [], "analyze: NAME=DIR of a run, RUN/checkpoints/STEP, or a published model; once for each, the one "
+        "that answers are compared with before the other", flag_values=values,
+    )  # fmt: skip
+    text("data", "", "analyze: JSONL file; empty: the evaluation records of the runs", flag_values=values)
+    flags.DEFINE_integer(
+        "examples", 1000, "analyze: most records, and pairs, taken evenly", 10, 10_000, flag_values=values
+    )
+    text(
+        "task", "", "analyze: whose answers are compared; empty: the first of the runs that judges", flag_values=values
+    )
+    yes("answers", False, "analyze: ask all models now, in place of reading what evaluation left", flag_values=values)
+    yes("umap", False, "analyze: draw UMAP beside PCA and t-SNE (needs umap-learn)", flag_values=values)
+
+
 def _config_argument(argv: list[str]) -> str | None:
     """The value of `--config`, whichever way it is spelled."""
     for position, argument in enumerate(argv):
@@ -114,10 +140,11 @@ def _with_config_file(argv: list[str]) -> list[str]:
     Without `--config`, a run's own `config.json` is taken where `--workdir` holds one and the mode is not train;
     `configs/tiny.py` otherwise.
     """
-    given, verifies = _config_argument(argv), any(a.lstrip("-") == "mode=verify" for a in argv)
-    if verifies and any(a.lstrip("-").startswith("config") for a in argv):
-        raise UserError("--mode=verify: takes no --config; what is compared says what it is, and all devices are used")
-    if verifies:
+    given = _config_argument(argv)
+    bare = next((mode for mode in WITHOUT_CONFIG if any(a.lstrip("-") == f"mode={mode}" for a in argv)), None)
+    if bare and any(a.lstrip("-").startswith("config") for a in argv):
+        raise UserError(f"--mode={bare}: takes no --config; {WITHOUT_CONFIG[bare]}")
+    if bare:
         return [argv[0], f"--config={REPOSITORY / 'configs' / 'tiny.py'}", *argv[1:]]
     if given is None:
         workdir = next((a.partition("=")[2] for a in argv if a.lstrip("-").startswith("workdir=")), "")
@@ -170,6 +197,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
             raise UserError(f"command line: --{name} belongs to --mode={' or '.join(modes)}, not to {values.mode}")
     if values.mode == "verify" and not values.workdir:
         raise UserError("--mode=verify: pass --workdir=DIR and --against=DIR (a run's or a published model's)")
+    if values.mode == "analyze" and values.workdir:
+        raise UserError(f"--mode=analyze: takes no --workdir; pass --models={values.workdir} and --out=DIR")
     if values.workdir is None:
         values.workdir = str(pathlib.Path("runs") / _run_name(given))
     return values
@@ -211,12 +240,15 @@ def _plan(values: flags.FlagValues) -> dict[str, object]:
 
 
 def _run_mode(values: flags.FlagValues) -> dict[str, object]:
-    from llm_jepa_jax import modes, publish, verify  # as above
+    from llm_jepa_jax import analyze, modes, publish, verify  # as above
     from llm_jepa_jax.checkpoint.places import run_place
     from llm_jepa_jax.checkpoint.workdir import opened
 
     if values.mode == "verify":
         return verify.verify(values.workdir, values.against, values.out, values.max_positions)
+    if values.mode == "analyze":
+        names = [field.name for field in dataclasses.fields(analyze.Request)]
+        return analyze.analyze(analyze.Request(**{name: values[name].value for name in names}))
     if values.mode == "train":
         with opened(values.workdir) as opened_workdir:
             return modes.train(values.config, opened_workdir)

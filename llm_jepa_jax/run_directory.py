@@ -150,8 +150,17 @@ def abstract_trained(config: Config, mesh: Mesh) -> Any:
     return placed(shapes, parameter_shardings(mesh, axes))
 
 
-def open_run(workdir: Place, config: Config | None = None) -> Run:
-    """Opens the newest checkpoint of a run directory; `config` (default: its own config.json) may name another mesh.
+def on_all_devices(config: Config) -> Config:
+    """A run's configuration for reading its model on whatever devices there are, which share its width."""
+    tile = config.lora.tile_size if config.lora.is_quantized else 1  # is not cut
+    mesh = MeshConfig(fsdp=math.gcd(config.model.embed_dim // tile, jax.device_count()))
+    data = dataclasses.replace(config.data, rows_per_step=jax.device_count())
+    return dataclasses.replace(config, mesh=mesh, data=data, train=dataclasses.replace(config.train, micro_batches=1))
+
+
+def open_run(workdir: Place, config: Config | None = None, step: int | None = None) -> Run:
+    """Opens a checkpoint of a run directory, the newest without `step`; `config` (default: its own config.json) may
+    name another mesh.
 
     Raises:
         UserError: the directory is not that of a run, or no checkpoint can be read.
@@ -177,7 +186,7 @@ def open_run(workdir: Place, config: Config | None = None) -> Run:
     facts = json.loads((workdir / "run.json").read_text())
     if config.lora.rank:
         _check_base(workdir, config, facts, _base_of(workdir, config))
-    step, params = restore_params(workdir / "checkpoints", abstract)
+    step, params = restore_params(workdir / "checkpoints", abstract, step)
     if config.lora.rank:
         params = joined(params, frozen_parameters(config, mesh))
     return Run(config, mesh, tokenizer, step, params, facts["system"], workdir)

@@ -30,12 +30,12 @@ from llm_jepa_jax.analysis.compare import (
 from llm_jepa_jax.checkpoint.hf_directory import is_published, open_directory
 from llm_jepa_jax.checkpoint.initial import OWN_KEYS
 from llm_jepa_jax.checkpoint.places import Place, place
-from llm_jepa_jax.config import Config, MeshConfig, ModelConfig, freeze, to_dict
+from llm_jepa_jax.config import Config, ModelConfig, freeze, to_dict
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.from_json import load_json
 from llm_jepa_jax.models.lora import merged
 from llm_jepa_jax.models.transformer import abstract_params
-from llm_jepa_jax.run_directory import FILES, Run, open_published, open_run
+from llm_jepa_jax.run_directory import FILES, Run, on_all_devices, open_published, open_run
 from llm_jepa_jax.schema import flatten
 
 LOG = logging.getLogger("llm_jepa_jax")
@@ -60,11 +60,7 @@ class Side:
         LOG.info("verify: %s: reading the weights", self.name)
         if self.run is None:
             return open_published(self.directory)
-        tile = self.run.lora.tile_size if self.run.lora.is_quantized else 1  # is not cut
-        mesh = MeshConfig(fsdp=math.gcd(self.model.embed_dim // tile, jax.device_count()))
-        data = dataclasses.replace(self.run.data, rows_per_step=jax.device_count())
-        train = dataclasses.replace(self.run.train, micro_batches=1)
-        return open_run(self.directory, dataclasses.replace(self.run, mesh=mesh, data=data, train=train))
+        return open_run(self.directory, on_all_devices(self.run))
 
 
 def find_side(name: str) -> Side:

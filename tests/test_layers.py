@@ -34,7 +34,7 @@ ORDER = (
     ("eval",),
     ("analysis",),
     ("plan", "prepare"),
-    ("run_directory", "api", "modes", "publish", "verify", "main", "sweep"),
+    ("run_directory", "named_models", "api", "modes", "publish", "verify", "analyze", "main", "sweep"),
 )
 """A file imports from its own place or from places above it; those in one line do not import each other,
 except in the first and the last."""

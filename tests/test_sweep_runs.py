@@ -14,6 +14,7 @@ import pytest
 
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.sweep.sweep import run
+from tests.browser import needs_chromium, opened
 from tests.conftest import REPOSITORY
 from tests.faults.runs import last_step, wait
 from tests.sweeps import NTP, TINY, environment, write_records
@@ -122,20 +123,14 @@ def test_equal_compute_and_the_tuner_share_points_with_the_grid(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
+@needs_chromium
 def test_the_page_renders_without_errors_and_without_the_network(swept, tmp_path):
     """Its own policy lets a browser load nothing; what it tried would be an error on the console."""
-
-    def console_of(page, picture):
-        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--no-first-run", "--window-size=1250,1600"]
-        command += [f"--screenshot={picture}", page.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-        assert picture.stat().st_size > 20_000, done.stderr[-1000:]
-        return [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-
     page = swept[0] / "sweep.html"
-    assert console_of(page, tmp_path / "page.png") == []
-    other = tmp_path / "other.html"
-    other.write_text(page.read_text().replace("<h1>", '<img src="http://localhost/a.png"><h1>'))
-    assert console_of(other, tmp_path / "other.png")
+    assert opened(page, tmp_path / "page") == ([], [])
+    for policy in (True, False):
+        other = tmp_path / f"other-{policy}.html"
+        text = page.read_text() if policy else page.read_text().replace("Content-Security-Policy", "none")
+        other.write_text(text.replace("<h1>", '<img src="http://localhost/a.png"><h1>'))
+        console, asked = opened(other, tmp_path / "other")
+        assert (len(console), asked) == ((1, []) if policy else (0, ["http://localhost/a.png"]))

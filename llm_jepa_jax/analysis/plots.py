@@ -7,8 +7,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
 
+from llm_jepa_jax.analysis.projections import tsne_places
 from llm_jepa_jax.objectives.diagnostics import pair_cosines, shuffled_cosines
 
 INK, BLUE, ORANGE, GREEN, GREY = "#26323f", "#2f6db5", "#d9822b", "#3c8d5a", "#9aa5b1"
@@ -113,19 +113,21 @@ def singular_values(spectra: dict[str, np.ndarray]) -> Figure:
 def tsne(text_PxD: np.ndarray, code_PxD: np.ndarray) -> Figure:
     """Both views in the plane; grey lines join some pairs."""
     figure, axes = _figure("t-SNE of both views")
-    both = np.concatenate([text_PxD, code_PxD])
-    perplexity = min(30.0, (len(both) - 1) / 3)
-    places = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=0).fit_transform(both)
-    text, code = places[: len(text_PxD)], places[len(text_PxD) :]
-    for i in range(0, len(text), max(1, len(text) // JOINED_PAIRS)):
-        axes.plot(*zip(text[i], code[i], strict=True), color=GREY, linewidth=0.5, alpha=0.6, zorder=1)
-    axes.scatter(*text.T, s=10, color=BLUE, alpha=0.75, linewidths=0, label="Pred(Enc(Text))", zorder=2)
-    axes.scatter(*code.T, s=10, color=ORANGE, alpha=0.75, linewidths=0, label="Enc(Code)", zorder=2)
+    draw_plane(axes, *tsne_places(text_PxD, code_PxD), "Pred(Enc(Text))")
+    axes.legend(markerscale=2)
+    return figure
+
+
+def draw_plane(axes: matplotlib.axes.Axes, text_Px2: np.ndarray, code_Px2: np.ndarray, text_label: str) -> None:
+    """Places of both views, without scales; grey lines join some pairs."""
+    for i in range(0, len(text_Px2), max(1, len(text_Px2) // JOINED_PAIRS)):
+        axes.plot(*zip(text_Px2[i], code_Px2[i], strict=True), color=GREY, linewidth=0.5, alpha=0.6, zorder=1)
+    axes.scatter(*text_Px2.T, s=10, color=BLUE, alpha=0.75, linewidths=0, label=text_label, zorder=2)
+    axes.scatter(*code_Px2.T, s=10, color=ORANGE, alpha=0.75, linewidths=0, label="Enc(Code)", zorder=2)
     axes.grid(False)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.legend(markerscale=2)
-    return figure
+    axes.spines[:].set_visible(False)
 
 
 def cosine_histogram(text_PxD: np.ndarray, code_PxD: np.ndarray) -> Figure:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`report.html` of a run: one file that shows what happened, and says how to read it."""
 
-import base64
 import html
 import json
 import pathlib
@@ -13,23 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llm_jepa_jax.analysis import plots
+from llm_jepa_jax.analysis.page import figure, page
 from llm_jepa_jax.objectives.diagnostics import effective_rank, pair_cosines, shuffled_cosines
 
 EXAMPLES_SHOWN = 12
-CSS = """
-body{font:15px/1.5 system-ui,sans-serif;color:#26323f;max-width:60rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2.2rem} .dim{color:#667380}
-.cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.2rem 0}
-.card{border:1px solid #dde3e8;border-radius:8px;padding:.6rem 1rem;min-width:7.5rem}
-.card b{display:block;font-size:1.35rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(21rem,1fr));gap:1.2rem}
-figure{margin:0} img{width:100%} figcaption{color:#667380;font-size:.88rem}
-table{border-collapse:collapse;width:100%;font-size:.88rem}
-td,th{border-bottom:1px solid #e6eaee;padding:.35rem .5rem;text-align:left;vertical-align:top}
-code{font-family:ui-monospace,monospace;overflow-wrap:anywhere}
-.right{color:#3c8d5a} .wrong{color:#b5382f}
-pre{overflow:auto;background:#f5f7f9;padding:1rem}
-"""
 
 
 def write_report(run_directory: pathlib.Path) -> None:
@@ -57,21 +43,16 @@ def write_report(run_directory: pathlib.Path) -> None:
         "<h2>Configuration</h2><details><summary>resolved keys</summary>"
         f"<pre>{html.escape(json.dumps(config, indent=2))}</pre></details>",
     ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>LLM-JEPA run</title><style>{CSS}</style>"
-    )
-    page = f"<!doctype html><html><head>{head}</head><body>{''.join(body)}</body></html>"
-    (run_directory / "report.html").write_text(page, encoding="utf-8")
+    (run_directory / "report.html").write_bytes(page("LLM-JEPA run", body))
 
 
 def _save(figures: dict[str, tuple[Figure, str]], directory: pathlib.Path) -> list[str]:
     """Writes each figure; the HTML of each."""
     directory.mkdir(exist_ok=True)
     images = []
-    for name, (figure, caption) in figures.items():
-        figure.savefig(directory / f"{name}.png")
-        images.append(_image(directory / f"{name}.png", caption))
+    for name, (drawn, caption) in figures.items():
+        drawn.savefig(directory / f"{name}.png")
+        images.append(figure(name, (directory / f"{name}.png").read_bytes(), caption))
     return images
 
 
@@ -123,8 +104,8 @@ def _curves(metrics: list[dict[str, Any]], tasks: list[dict[str, Any]]) -> dict[
     for task in tasks:
         scores = series(metrics, task["task"])
         if scores:
-            figure = plots.task_scores(task["task"], scores, task["share"])
-            figures[task["task"]] = (figure, f"Last: {_interval(task)}, of {task['asked']} records.")
+            drawn = plots.task_scores(task["task"], scores, task["share"])
+            figures[task["task"]] = (drawn, f"Last: {_interval(task)}, of {task['asked']} records.")
     ranks = {"text view": series(metrics, "rank_text"), "code view": series(metrics, "rank_code")}
     if all(ranks.values()):
         caption = "exp of the entropy of the singular values of up to 256 pairs: near 1 means collapse."
@@ -151,14 +132,6 @@ def _views(embeddings: dict[str, np.ndarray]) -> dict[str, tuple[Figure, str]]:
         "cosine_histogram": (plots.cosine_histogram(text, code), "Pairs should stand right of shuffled pairs."),
         "tsne": (plots.tsne(text, code), "Lines join the two views of one record; short lines mean they agree."),
     }
-
-
-def _image(path: pathlib.Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<figure><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
 
 
 def _interval(task: dict[str, Any]) -> str:

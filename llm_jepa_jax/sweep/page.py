@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`sweep.html`: the comparison as one file that needs nothing beside it."""
 
-import base64
 import html
 import io
 import json
@@ -13,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from llm_jepa_jax.analysis import plots
-from llm_jepa_jax.analysis.report import CSS
+from llm_jepa_jax.analysis.page import figure, page
 from llm_jepa_jax.sweep import tables
 from llm_jepa_jax.sweep.comparison import Row
 from llm_jepa_jax.sweep.curves import learning_curves
@@ -33,8 +32,6 @@ table.heat td{min-width:5.2rem;padding:.55rem .5rem;border-radius:5px} table.hea
 table.heat small{display:block;opacity:.8} .heats{display:flex;flex-wrap:wrap;gap:2.5rem} .scroll{overflow-x:auto}
 .failed{color:#b5382f} details{margin:.6rem 0}
 """
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What a browser lets the page do: nothing from anywhere else."""
 NUMBERS = ("seeds", "steps", "training", "dev", "train", "test", "Δ", "p")
 
 
@@ -65,13 +62,7 @@ def write_page(
         "<h2>The sweep</h2><details><summary>what it is made of</summary>"
         f"<pre>{html.escape(json.dumps(spec.to_json(), indent=1, ensure_ascii=False))}</pre></details>",
     ]  # fmt: skip
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<link rel="icon" href="data:,"><title>{name}</title><style>{CSS}{MORE_CSS}</style>'
-    )
-    page = f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>"
-    write_whole(directory / "sweep.html", page.encode("utf-8", "backslashreplace"))
+    write_whole(directory / "sweep.html", page(directory.absolute().name, body, MORE_CSS))
 
 
 def _table(spec: Spec, metric: str, rows: Sequence[Row]) -> str:
@@ -134,11 +125,7 @@ def _link(target: str, text: str) -> str:
 
 
 def _figure(named: tuple[str, Figure, str]) -> str:
-    name, figure, caption = named
+    name, drawn, caption = named
     out = io.BytesIO()
-    figure.savefig(out, format="png")
-    data = base64.b64encode(out.getvalue()).decode()
-    return (
-        f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    drawn.savefig(out, format="png")
+    return figure(name, out.getvalue(), caption)
