@@ -7,12 +7,6 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-CACHE = pathlib.Path(
-    os.environ.get("LLM_JEPA_TEST_CACHE", pathlib.Path.home() / ".cache" / "llm_jepa_jax" / "test_xla")
-)
-# In the environment, so that the processes that tests start share what is compiled.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import chex
 import jax
@@ -36,6 +30,12 @@ if jax.__version_info__ < (0, 11):  # the first is removed later, and an unknown
     ]  # fmt: skip
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_COMPILE])
 chex.set_n_cpu_devices(8)
+CACHE = pathlib.Path(
+    os.environ.get("LLM_JEPA_TEST_CACHE", pathlib.Path.home() / ".cache" / "llm_jepa_jax" / "test_xla")
+)
+for key, value in (("jax_compilation_cache_dir", str(CACHE)), ("jax_persistent_cache_min_compile_time_secs", 0.2)):
+    jax.config.update(key, value)
+    os.environ[key.upper()] = str(value)  # so that the processes that tests start share what is compiled
 # Tracing makes many objects that live on: collecting as often as by default is a sixth of its time.
 gc.set_threshold(20_000, 20, 100)
 

@@ -89,18 +89,24 @@ def check(attend, segments, heads, width, window, soft_cap, tolerance):
         assert error < tolerance, (name, error)
 
 
-@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (13, 0.0), (0, 3.0), (40, 3.0)])
-@pytest.mark.parametrize(
-    ("pattern", "length", "longest", "block", "heads"),
-    [
-        ("one", 24, 0, 64, (4, 4)),
-        ("one", 150, 0, 64, (4, 1)),
-        ("short", 70, 10, 8, (4, 2)),
-        ("long", 130, 64, 16, (4, 1)),
-        ("long", 130, 0, 32, (4, 4)),
-    ],
+ROWS = (
+    ("one", 24, 0, 64, (4, 4)),
+    ("one", 150, 0, 64, (4, 1)),
+    ("short", 70, 10, 8, (4, 2)),
+    ("long", 130, 64, 16, (4, 1)),
+    ("long", 130, 0, 32, (4, 4)),
 )
-def test_xla_equals_the_dense_reference(monkeypatch, window, soft_cap, pattern, length, longest, block, heads):
+MASKS = ((0, 0.0), (13, 0.0), (40, 3.0), (0, 3.0))
+CROSSED = [
+    pytest.param(*rows, *masks, marks=[] if (row + column) % 2 == 0 else pytest.mark.slow)
+    for row, rows in enumerate(ROWS)
+    for column, masks in enumerate(MASKS)
+]
+"""Every kind of rows with two of the masks, and every mask with two or three kinds of rows; the others are slow."""
+
+
+@pytest.mark.parametrize(("pattern", "length", "longest", "block", "heads", "window", "soft_cap"), CROSSED)
+def test_xla_equals_the_dense_reference(monkeypatch, pattern, length, longest, block, heads, window, soft_cap):
     monkeypatch.setattr(xla, "BLOCK", block)
     segments = segments_of(pattern, length)
     attend = functools.partial(
