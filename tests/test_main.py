@@ -18,7 +18,7 @@ from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.main import parse, run
 from tests.conftest import CACHE, REPOSITORY
 
-TIMEOUT = 300
+TIMEOUT = 900
 SMOKE = "--config=configs/tiny.py:smoke"
 ALWAYS_LOGGED = (
     "ntp_loss", "jepa_loss", "total_loss", "cos_pair", "cos_shuffled", "rank_text", "rank_code", "std_text", "std_code",
@@ -46,7 +46,10 @@ def start(*arguments, devices=1, report=False):
 
 
 def finish(process):
-    out, err = process.communicate(timeout=TIMEOUT)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
     return process.returncode, out, err
 
 
@@ -66,7 +69,7 @@ def test_the_8b_preset_trains_as_a_miniature(tmp_path, devices, mesh):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
     for name in ALWAYS_LOGGED:
         assert any(name in line for line in lines), name
-    report = ("report.html", "plots/losses.png") if devices == 1 else ()
+    report = ("report.html", "plots/losses.png", "analysis.npz") if devices == 1 else ()
     for name in ("config.json", "tokenizer.model", "eval/exact_match-4.jsonl", *report):
         assert (workdir / name).exists(), name
     assert json.loads((workdir / "config.json").read_text())["train"]["dtype"] == "bfloat16"
@@ -192,15 +195,16 @@ def test_any_corpus_trains_and_is_evaluated_where_it_can_be(tmp_path, monkeypatc
     arguments = [
         SMOKE, f"--workdir={tmp_path}/run", *(f"--config.data.{path.stem}={path}" for path in files),
         "--config.train.num_steps=2", "--config.data.layout=shared", "--config.data.text_views=sentence",
-        "--config.text.vocab_size=320", "--config.mesh.data=8",
+        "--config.text.vocab_size=320", "--config.mesh.data=8", f"--config.log.report={not asks}",
+        "--config.log.tensorboard=False", "--config.eval.final_examples=6", "--config.eval.max_new_tokens=2",
     ]  # fmt: skip
     result = run(["main", *arguments])
-    assert result["step"] == 2 and result["jepa_loss"] > 0
-    assert ("exact_match" in result) == (tmp_path / "run" / "analysis.npz").exists() == asks
+    assert result["step"] == 2 and result["jepa_loss"] > 0 and ("exact_match" in result) == asks
     words = (
         "4 of 12 records are plain text" if asks else "no evaluation record has a conversation: exact_match is skipped"
     )
-    assert words in caplog.text and (tmp_path / "run" / "report.html").exists()
+    assert words in caplog.text and (tmp_path / "run" / "report.html").exists() == (not asks)
+    assert not (tmp_path / "run" / "analysis.npz").exists(), "plain text has no conversations to embed"
     assert ("exact_match" in run(["main", "--mode=eval", f"--workdir={tmp_path}/run"])) == asks
     capsys.readouterr()
     run(["main", "--mode=inspect", f"--workdir={tmp_path}/run", "--rows=9"])

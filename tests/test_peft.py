@@ -95,7 +95,7 @@ def test_a_random_adapter_of_peft_loads_here(case, tmp_path, rslora):
     assert_equal_logits(lm, peft.PeftModel.from_pretrained(base_of(directory), tmp_path / "again"))
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_merging_takes_the_exact_base(case, tmp_path, kind):
     """A quantised run's merged export is the published weights plus what the adapters add."""
     _, directory = case

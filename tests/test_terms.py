@@ -36,8 +36,8 @@ DATA = {"row_length": 384}
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("spans", MESH), ("e2e", {"data": 8}), ("mean", MESH), ("mask", MESH), ("mask_recover", {"data": 8}),
-     ("infonce", MESH), ("spread", {"data": 8})],
+    [("spans", MESH), ("e2e", {"data": 8}), ("mean", MESH), ("mask_recover", {"data": 8}), ("infonce", MESH),
+     ("spread", {"data": 8}), pytest.param("mask", MESH, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_devices_change_nothing(cache_dir, tokenizer, name, mesh):
     assert_same_training(cache_dir, tokenizer, mesh, 8, {}, objective=(ADDED | WHOLE)[name], data=DATA)
@@ -115,7 +115,13 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
+LIKE_ANOTHER = ("jepa_l2", "jepa_mse", "stp_e2e", "stp_mask_recover")
+"""Their formulas' gradients are tested in test_distance.py, and the way to the trunk is another's."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_ANOTHER)) for name in ALONE]
+)
 def test_each_term_alone_moves_every_parameter(cache_dir, tokenizer, name):
     """The embedding, every layer, the final norm and the term's own matrix."""
     section = name.split("_", 1)[0]
