@@ -37,7 +37,7 @@ for key, value in (("jax_compilation_cache_dir", str(CACHE)), ("jax_persistent_c
     jax.config.update(key, value)
     os.environ[key.upper()] = str(value)  # so that the processes that tests start share what is compiled
 # Tracing makes many objects that live on: collecting as often as by default is a sixth of its time.
-gc.set_threshold(20_000, 20, 100)
+gc.set_threshold(20_000, 20)
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 SMALL_MODEL = {
