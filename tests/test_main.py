@@ -147,13 +147,13 @@ def outcome(workdir):
 
 
 def test_a_killed_and_stopped_run_ends_bit_equal_to_one_left_alone(tmp_path):
-    """SIGKILL at a random step, the same command again, SIGTERM at a later one, and again; steps of four kinds, spans
+    """SIGKILL at a random step, the same command again, SIGTERM at a later one, and again; steps of two kinds, spans
     and random directions drawn, a weight that rises, a linear predictor."""
     arguments = [
         SMOKE, "--config.train.num_steps=40", "--config.checkpoint.every_steps=7",
         "--config.log.every_steps=3", "--config.eval.every_steps=14",
         "--config.objective.jepa.dropout=0.5", "--config.objective.jepa.dropout_by=step",
-        "--config.data.row_buckets=2", "--config.objective.stp.weight=0.1", "--config.objective.sigreg.weight=0.01",
+        "--config.objective.stp.weight=0.1", "--config.objective.sigreg.weight=0.01",
         "--config.objective.jepa.linear_predictor=True", "--config.objective.jepa.schedule=linear",
     ]  # fmt: skip
     alone, workdir = tmp_path / "alone", tmp_path / "run"
