@@ -147,8 +147,8 @@ def outcome(workdir):
 
 
 def test_a_killed_and_stopped_run_ends_bit_equal_to_one_left_alone(tmp_path):
-    """SIGKILL at a random step, the same command again, SIGTERM at a later one, and again; steps with pairs and without,
-    spans and random directions drawn, a weight that rises, a linear predictor."""
+    """SIGKILL at a random step, the same command again, SIGTERM at a later one, and again; steps with pairs and steps
+    without, spans and random directions drawn, a weight that rises, a linear predictor."""
     arguments = [
         SMOKE, "--config.train.num_steps=40", "--config.checkpoint.every_steps=7",
         "--config.log.every_steps=3", "--config.eval.every_steps=14",
