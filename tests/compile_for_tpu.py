@@ -57,7 +57,8 @@ def kernel(head_dim: int, dtype: str, length: int, window: int, soft_cap: float)
 
 
 if __name__ == "__main__":
-    kind, *values = json.loads(sys.argv[1])
-    backend, program = {"step": step, "kernel": kernel}[kind](*values)
-    names = [line for line in program.splitlines() if "tpu_custom_call" in line]
-    print(json.dumps({"backend": backend, "kernels": sum("splash" in line for line in names), "all": len(names)}))
+    for case in sys.argv[1:]:
+        kind, *values = json.loads(case)
+        backend, program = {"step": step, "kernel": kernel}[kind](*values)
+        names = [line for line in program.splitlines() if "tpu_custom_call" in line]
+        print(json.dumps({"backend": backend, "kernels": sum("splash" in line for line in names), "all": len(names)}))

@@ -2,6 +2,7 @@
 """Eight simulated devices, one shared compile cache, small fixtures, and the reference data where it is present."""
 
 import dataclasses
+import gc
 import os
 import pathlib
 
@@ -22,15 +23,21 @@ from llm_jepa_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 # Compiling is most of the tests' work: without optimization it is a third. Inherited by the processes that tests start.
 FAST_COMPILE = ["--xla_backend_optimization_level=0"]
-if jax.__version_info__ < (0, 11):  # removed later
-    FAST_COMPILE.append("--xla_cpu_use_fusion_emitters=false")
+if jax.__version_info__ < (0, 11):  # the first is removed later, and an unknown flag ends the process
+    FAST_COMPILE += [
+        "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]  # fmt: skip
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_COMPILE])
 chex.set_n_cpu_devices(8)
 CACHE = pathlib.Path(
     os.environ.get("LLM_JEPA_TEST_CACHE", pathlib.Path.home() / ".cache" / "llm_jepa_jax" / "test_xla")
 )
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+for key, value in (("jax_compilation_cache_dir", str(CACHE)), ("jax_persistent_cache_min_compile_time_secs", 0.2)):
+    jax.config.update(key, value)
+    os.environ[key.upper()] = str(value)  # so that the processes that tests start share what is compiled
+# Tracing makes many objects that live on: collecting as often as by default is a sixth of its time.
+gc.set_threshold(20_000, 20)
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 SMALL_MODEL = {

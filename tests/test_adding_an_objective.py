@@ -42,7 +42,8 @@ def test_the_worked_example_trains(package):
     argv = [
         sys.executable, "-m", "llm_jepa_jax.main", f"--config={REPOSITORY}/configs/tiny.py:smoke",
         f"--workdir={package}/run", "--config.objective.uniformity.weight=0.1", "--config.train.num_steps=2",
-        "--config.log.report=False", "--config.eval.final_examples=2", f"--config.train.compile_cache={CACHE}",
+        "--config.log.report=False", "--config.log.tensorboard=False", "--config.eval.final_examples=2",
+        "--config.eval.max_new_tokens=2", f"--config.train.compile_cache={CACHE}",
         "--config.objective.jepa.dropout=0.0", "--config.objective.vicreg.weight=0.0",
     ]  # fmt: skip
     flags = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(package)}

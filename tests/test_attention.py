@@ -89,18 +89,24 @@ def check(attend, segments, heads, width, window, soft_cap, tolerance):
         assert error < tolerance, (name, error)
 
 
-@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (13, 0.0), (0, 3.0), (40, 3.0)])
-@pytest.mark.parametrize(
-    ("pattern", "length", "longest", "block", "heads"),
-    [
-        ("one", 24, 0, 64, (4, 4)),
-        ("one", 150, 0, 64, (4, 1)),
-        ("short", 70, 10, 8, (4, 2)),
-        ("long", 130, 64, 16, (4, 1)),
-        ("long", 130, 0, 32, (4, 4)),
-    ],
+ROWS = (
+    ("one", 24, 0, 64, (4, 4)),
+    ("one", 150, 0, 64, (4, 1)),
+    ("short", 70, 10, 8, (4, 2)),
+    ("long", 130, 64, 16, (4, 1)),
+    ("long", 130, 0, 32, (4, 4)),
 )
-def test_xla_equals_the_dense_reference(monkeypatch, window, soft_cap, pattern, length, longest, block, heads):
+MASKS = ((0, 0.0), (13, 0.0), (40, 3.0), (0, 3.0))
+CROSSED = [
+    pytest.param(*rows, *masks, marks=[] if (row + column) % 2 == 0 else pytest.mark.slow)
+    for row, rows in enumerate(ROWS)
+    for column, masks in enumerate(MASKS)
+]
+"""Every kind of rows with two of the masks, and every mask with two or three kinds of rows; the others are slow."""
+
+
+@pytest.mark.parametrize(("pattern", "length", "longest", "block", "heads", "window", "soft_cap"), CROSSED)
+def test_xla_equals_the_dense_reference(monkeypatch, pattern, length, longest, block, heads, window, soft_cap):
     monkeypatch.setattr(xla, "BLOCK", block)
     segments = segments_of(pattern, length)
     attend = functools.partial(
@@ -307,28 +313,34 @@ STEPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parity
-@pytest.mark.parametrize(
-    ("case", "kernels"),
-    [
-        # Forward, forward again in the backward pass (remat), and the gradients of queries and of keys with values.
-        (("step", *STEPS["llama1b"]), 4),
-        (("step", *STEPS["llama8b"]), 4),
-        (("step", *STEPS["rows in parts"]), 4),
-        (("kernel", 64, "bfloat16", 512, 0, 0.0), 2),
-        (("kernel", 64, "bfloat16", 512, 200, 0.0), 3),
-        (("kernel", 128, "float32", 2048, 0, 0.0), 3),
-        (("kernel", 256, "float32", 2048, 0, 50.0), 3),
-        (("kernel", 256, "bfloat16", 4096, 1024, 50.0), 3),
-    ],
-    ids=lambda value: (
-        "-".join(str(v) for v in value[:3] if not isinstance(v, list)) if isinstance(value, tuple) else ""
-    ),
+KERNELS_ALONE = (
+    ((64, "bfloat16", 512, 0, 0.0), 2),
+    ((64, "bfloat16", 512, 200, 0.0), 3),
+    ((128, "float32", 2048, 0, 0.0), 3),
+    ((256, "float32", 2048, 0, 50.0), 3),
+    ((256, "bfloat16", 4096, 1024, 50.0), 3),
 )
-def test_splash_compiles_for_tpus(case, kernels):
-    """Ahead of time for a v5p 2x2x1 slice; `auto` sees the mesh's TPUs on a machine that has none."""
+"""Arguments of `compile_for_tpu.kernel`, and how many kernels the program holds."""
+
+
+def compiled_for_tpus(*cases):
+    """What the programs hold, compiled ahead of time for a v5p 2x2x1 slice by one process."""
     pytest.importorskip("libtpu")
-    command = [sys.executable, "-m", "tests.compile_for_tpu", json.dumps(case)]
+    command = [sys.executable, "-m", "tests.compile_for_tpu", *map(json.dumps, cases)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {"backend": "splash", "kernels": kernels, "all": kernels}
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_with_splash_compiles_for_tpus(name):
+    """`auto` sees the mesh's TPUs on a machine that has none. The kernels: forward, forward again in the backward pass
+    (remat), and the gradients of queries and of keys with values."""
+    assert compiled_for_tpus(("step", *STEPS[name])) == [{"backend": "splash", "kernels": 4, "all": 4}]
+
+
+@pytest.mark.parity
+def test_splash_compiles_for_tpus():
+    found = compiled_for_tpus(*(("kernel", *arguments) for arguments, _ in KERNELS_ALONE))
+    assert found == [{"backend": "splash", "kernels": count, "all": count} for _, count in KERNELS_ALONE]

@@ -2,6 +2,7 @@
 """Probabilities of given tokens, and evaluation of several tasks at once with a real model."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -22,8 +23,13 @@ from tests.conftest import SMALL_MODEL, small_config
 from tests.databases import make_databases
 
 CONFIG = ModelConfig(**SMALL_MODEL | {"init_std": 0.15, "logit_soft_cap": 3.0, "head_bias": True})
-PARAMS = init_params(jax.random.key(3), CONFIG, jnp.float32)
-PARAMS |= {"head_bias": jax.random.normal(jax.random.key(4), (CONFIG.vocab_size,))}
+
+
+@functools.cache
+def weights():
+    """Made by the first test that wants them, not by every process that reads this file."""
+    bias = jax.random.normal(jax.random.key(4), (CONFIG.vocab_size,))
+    return jax.jit(lambda key: init_params(key, CONFIG, jnp.float32))(jax.random.key(3)) | {"head_bias": bias}
 
 
 def mesh_of(devices, **sizes):
@@ -35,8 +41,8 @@ def plain_log_probabilities(tokens):
     padded = np.zeros((1, 96), np.int32)
     padded[0, : len(tokens)] = tokens
     segments = (np.arange(96) < len(tokens))[None].astype(np.int32)
-    hidden = forward(PARAMS, CONFIG, padded, np.arange(96)[None], segments, dtype=jnp.float32)[0, : len(tokens)]
-    logits = np.asarray(hidden @ head_kernel(PARAMS, CONFIG), np.float64) + np.asarray(PARAMS["head_bias"])
+    hidden = forward(weights(), CONFIG, padded, np.arange(96)[None], segments, dtype=jnp.float32)[0, : len(tokens)]
+    logits = np.asarray(hidden @ head_kernel(weights(), CONFIG), np.float64) + np.asarray(weights()["head_bias"])
     logits = CONFIG.logit_soft_cap * np.tanh(logits / CONFIG.logit_soft_cap)
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
@@ -68,7 +74,13 @@ def test_probabilities_are_those_of_one_sequence_alone(questions, expected, devi
     order = np.random.default_rng(batch_size).permutation(len(questions))
     done = []
     found = log_probabilities(
-        PARAMS, CONFIG, [questions[i] for i in order], mesh_of(devices, **sizes), jnp.float32, batch_size, done.append
+        weights(),
+        CONFIG,
+        [questions[i] for i in order],
+        mesh_of(devices, **sizes),
+        jnp.float32,
+        batch_size,
+        done.append,
     )
     assert done[-1] == len(questions) and done == sorted(done)
     for i, values in zip(order, found, strict=True):
@@ -80,11 +92,11 @@ def test_probabilities_are_those_of_one_sequence_alone(questions, expected, devi
 def test_padding_of_the_vocabulary_has_no_probability():
     few = dataclasses.replace(CONFIG, vocab_size=300)
     junk = {name: few.padded_vocab_size - 300 for name in ("embedding", "head_bias")}
-    params = PARAMS | {name: PARAMS[name][: few.padded_vocab_size] for name in junk}
+    params = weights() | {name: weights()[name][: few.padded_vocab_size] for name in junk}
     question = Question((1, 2, 3), tuple((place, token) for place in range(3) for token in (0, 7, 299)))
     (found,) = log_probabilities(params, few, [question], mesh_of(1), jnp.float32, 1)
     alone = dataclasses.replace(few, vocab_multiple=1)
-    cut = PARAMS | {name: PARAMS[name][:300] for name in junk}
+    cut = weights() | {name: weights()[name][:300] for name in junk}
     (expected,) = log_probabilities(cut, alone, [question], mesh_of(1), jnp.float32, 1)
     assert junk["embedding"] == 84 and np.abs(np.asarray(params["embedding"][300:])).max() > 0.1
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -126,7 +138,7 @@ def test_tasks_share_answers_and_every_record_is_accounted_for(tokenizer, source
     tasks = "semantic_match,hellaswag,exact_match,perplexity,perplexity_all"
     asked = evaluator(tokenizer, source, tmp_path, tasks)
     done = []
-    metrics = asked(PARAMS, 0, lambda task: tmp_path / "eval" / f"{task}-7.jsonl", done.append)
+    metrics = asked(weights(), 0, lambda task: tmp_path / "eval" / f"{task}-7.jsonl", done.append)
     # Three different prompts for two tasks, one sequence for the options, and five records of which one is that too.
     assert asked.size(0) == done[-1] == 3 + 1 + 5
     files = {name: lines_of(tmp_path / "eval" / f"{name}-7.jsonl") for name in tasks.split(",")}
@@ -149,7 +161,7 @@ def test_tasks_share_answers_and_every_record_is_accounted_for(tokenizer, source
 
 def test_choices_and_perplexities_are_those_of_plain_forward_passes(tokenizer, source, tmp_path):
     asked = evaluator(tokenizer, source, tmp_path, "perplexity,perplexity_all,hellaswag")
-    metrics = asked(PARAMS, 0, lambda task: tmp_path / f"{task}-7.jsonl")
+    metrics = asked(weights(), 0, lambda task: tmp_path / f"{task}-7.jsonl")
     losses, every = [], []
     for index in range(3):
         rendered = render(tokenizer, source[index].messages)
@@ -186,7 +198,7 @@ def test_plain_text_is_asked_nothing_but_its_probability(tokenizer, tmp_path, ca
     asked = evaluator(tokenizer, JsonlSource(path), tmp_path, "exact_match,perplexity")
     assert [task.name for task in asked.tasks] == ["perplexity"]
     assert "no evaluation record has a conversation: exact_match is skipped" in caplog.text
-    assert asked(PARAMS, 0, lambda task: tmp_path / f"{task}-1.jsonl")["perplexity"] > 1
+    assert asked(weights(), 0, lambda task: tmp_path / f"{task}-1.jsonl")["perplexity"] > 1
 
 
 def test_what_a_task_lacks_is_said_before_it_is_asked(tokenizer, source, tmp_path):
@@ -227,7 +239,7 @@ def test_spider_is_judged_with_real_databases(tokenizer, tmp_path):
     spider.write_text(line % "name" + line % "nme")
     databases = make_databases(tmp_path / "databases")
     asked = evaluator(tokenizer, JsonlSource(spider), tmp_path, "spider,spider_published", databases=str(databases))
-    metrics = asked(PARAMS, 0, lambda task: tmp_path / f"{task}-1.jsonl")
+    metrics = asked(weights(), 0, lambda task: tmp_path / f"{task}-1.jsonl")
     assert asked.size(0) == 1 and metrics["spider_asked"] == 1 and metrics["spider_skipped"] == 1
     lines = lines_of(tmp_path / "spider-1.jsonl")
     assert lines[1]["reason"] == "the target's query gives no result: no such column: nme"

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,13 @@ from llm_jepa_jax.parallel.mesh import make_mesh
 from tests.conftest import SMALL_MODEL
 
 CONFIG = ModelConfig(**SMALL_MODEL | {"init_std": 0.15})
-PARAMS = init_params(jax.random.key(3), CONFIG, jnp.float32)
 NEW = 12
+
+
+@functools.cache
+def weights():
+    """Made by the first test that wants them, not by every process that reads this file."""
+    return jax.jit(lambda key: init_params(key, CONFIG, jnp.float32))(jax.random.key(3))
 
 
 def generator(tokenizer, devices=1, batch_size=8, new=NEW, mesh_config=None):
@@ -31,8 +38,8 @@ def prompts(tokenizer, count=7):
 @pytest.fixture(scope="module")
 def expected(tokenizer):
     """Greedy answers by whole forward passes, one token and one prompt at a time."""
-    head, places = np.asarray(head_kernel(PARAMS, CONFIG)), np.arange(96)[None]
-    states = jax.jit(lambda tokens, segments: forward(PARAMS, CONFIG, tokens, places, segments, dtype=jnp.float32))
+    head, places = np.asarray(head_kernel(weights(), CONFIG)), np.arange(96)[None]
+    states = jax.jit(lambda tokens, segments: forward(weights(), CONFIG, tokens, places, segments, dtype=jnp.float32))
     allowed = np.array([i == tokenizer.end_of_turn_id or not tokenizer.is_control(i) for i in range(512)])
     answers = []
     for prompt in prompts(tokenizer):
@@ -56,7 +63,7 @@ def expected(tokenizer):
 )
 def test_answers_equal_step_by_step_greedy_whatever_the_batch(tokenizer, expected, devices, batch_size, mesh):
     generate = generator(tokenizer, devices, batch_size, mesh_config=MeshConfig(**mesh))
-    assert generate(PARAMS, prompts(tokenizer)) == expected
+    assert generate(weights(), prompts(tokenizer)) == expected
 
 
 def test_answers_end_at_the_end_token(tokenizer, expected):
@@ -64,18 +71,19 @@ def test_answers_end_at_the_end_token(tokenizer, expected):
     assert not all(ended for _, ended in expected)
     hidden = np.asarray(
         encode(
-            PARAMS, CONFIG, JepaConfig(), prompts(tokenizer), make_mesh(MeshConfig(), jax.devices()[:1]), jnp.float32
+            weights(), CONFIG, JepaConfig(), prompts(tokenizer), make_mesh(MeshConfig(), jax.devices()[:1]), jnp.float32
         )
     )
-    embedding = PARAMS["embedding"].at[tokenizer.end_of_turn_id].set(100 * hidden.mean(0))
+    embedding = weights()["embedding"].at[tokenizer.end_of_turn_id].set(100 * hidden.mean(0))
     assert all(
-        answer == ([], True) for answer in generator(tokenizer)(PARAMS | {"embedding": embedding}, prompts(tokenizer))
+        answer == ([], True)
+        for answer in generator(tokenizer)(weights() | {"embedding": embedding}, prompts(tokenizer))
     )
 
 
 def test_too_long_prompts_are_refused(tokenizer):
     with pytest.raises(UserError, match="exceed model.max_positions=512"):
-        generator(tokenizer)(PARAMS, [[5] * 501])
+        generator(tokenizer)(weights(), [[5] * 501])
 
 
 def test_embeddings_are_the_last_hidden_states_in_order(tokenizer):
@@ -83,10 +91,10 @@ def test_embeddings_are_the_last_hidden_states_in_order(tokenizer):
     for ids in sequences:
         array, ones = np.array([ids], np.int32), np.ones((1, len(ids)), np.int32)
         places = np.arange(len(ids))[None]
-        states = jax.jit(lambda p, *row: forward(p, CONFIG, *row, dtype=jnp.float32))(PARAMS, array, places, ones)
+        states = jax.jit(lambda p, *row: forward(p, CONFIG, *row, dtype=jnp.float32))(weights(), array, places, ones)
         expected.append(states[0, -1])
     for devices in (1, 8):
         out = encode(
-            PARAMS, CONFIG, JepaConfig(), sequences, make_mesh(MeshConfig(), jax.devices()[:devices]), jnp.float32
+            weights(), CONFIG, JepaConfig(), sequences, make_mesh(MeshConfig(), jax.devices()[:devices]), jnp.float32
         )
         np.testing.assert_allclose(out, expected, atol=1e-5)

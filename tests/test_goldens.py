@@ -28,10 +28,13 @@ def recorded(shared_dir):
 
 
 @functools.cache
-def compiled(config):
-    """(total, gradient, term means) of a batch; without next-token loss at step 0, with it at step 1."""
+def compiled(config, often=False):
+    """(total, gradient, term means) of a batch; without next-token loss at step 0, with it at step 1.
 
-    @jax.jit
+    What runs `often` is worth optimizing, against what the other tests do (conftest.py).
+    """
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1} if often else None)
     def run(params, batch, step):
         total, grads, aux, weights = gradients(params, batch, config, step=step)
         return total, grads, {name: aux["sums"][name] / weights[name] for name in weights}
@@ -57,7 +60,8 @@ def results(recorded, group, full_name):
     term, terms, batch = case(recorded, group, full_name)
     if getattr(terms, term).linear_predictor:
         params = params | {"predictors": {term: arrays[MATRIX].T}}
-    run = compiled(Config(model=model, objective=terms, data=DataConfig(rows_per_step=len(batch.tokens))))
+    config = Config(model=model, objective=terms, data=DataConfig(rows_per_step=len(batch.tokens)))
+    run = compiled(config, often=group == "finetune")
     _, alone, _ = run(params, batch, 0)
     total, grads, means = run(params, batch, 1)
     found = {

@@ -373,13 +373,13 @@ print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 def test_the_host_holds_what_it_owns_and_little_more(tmp_path):
     """A file of several shards: the peak is the parameters and a slack of two tensors of a layer and 40 MiB."""
     model = ModelConfig(
-        vocab_size=8000, embed_dim=512, num_layers=12, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=2048
+        vocab_size=8000, embed_dim=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=2048
     )
-    write(tmp_path / "m", model, shard_bytes=50_000_000)
+    write(tmp_path / "m", model, shard_bytes=25_000_000)
     assert len(list((tmp_path / "m").glob("*.safetensors"))) > 3
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "m")]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
     more, owned = (int(word) for word in done.stdout.split())
-    assert owned > 200 * 2**20
+    assert owned > 100 * 2**20  # held twice, it would be beyond the slack
     assert more < owned + 80 * 2**20, (more - owned) / 2**20

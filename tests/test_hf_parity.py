@@ -20,8 +20,6 @@ from llm_jepa_jax.train.step import make_train_step
 from tests.hf_models import CASES, make_model, reference
 
 pytestmark = pytest.mark.parity
-pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 LENGTHS = (200, 31, 90)
 LIKE_ANOTHER = (
     "llama2", "llama-linear-biased", "mistral-no-window", "qwen2", "qwen2-yarn", "qwen3-yarn", "qwen3-windows-biased",
@@ -44,6 +42,8 @@ def sequences():
 @pytest.fixture(scope="module", params=list(CASES))
 def case(request, tmp_path_factory):
     """The name, the model, its directory in several files, and ours."""
+    pytest.importorskip("torch")  # here, not above: seconds, which every process that collects tests would spend
+    pytest.importorskip("transformers")
     model = make_model(request.param)
     directory = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(directory, max_shard_size="60KB")
@@ -115,6 +115,8 @@ def test_greedy_answers_are_token_for_token_the_same(case, shared):
 )
 def test_a_trained_model_comes_back(case, tmp_path):
     """One training step, then export in several files, then `transformers`: equal logits, in both directions."""
+    import transformers
+
     _, _, directory, lm = case
     config, mesh = lm.run.config, lm.run.mesh
     config = dataclasses.replace(config, opt=dataclasses.replace(config.opt, learning_rate=1e-3))

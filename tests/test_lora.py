@@ -51,7 +51,7 @@ def steps_of(config, tokenizer, devices=1, steps=STEPS):
     return losses, before, state
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["float32", pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_only_adapters_and_predictors_move(tmp_path, tokenizer, kind):
     """The base stays as it is bit for bit, and the loss falls; the first one is that of the base alone."""
     sections = {"objective": {"jepa": {"linear_predictor": True}}, "opt": {"learning_rate": 0.01}}

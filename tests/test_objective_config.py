@@ -126,7 +126,7 @@ VARIANTS = {
         ["draw=uniform", "max_length=4", "length_weighting=cosine", "layer=-2", "final_norm=False"],
     ),
     "both regularisers, whole conversations": (
-        [f"{JEPA}dropout=0.5", f"{JEPA}dropout_by=step", "objective.sigreg.weight=0.1", "objective.vicreg.weight=0.1"],
+        [f"{JEPA}dropout=0.5", "objective.sigreg.weight=0.1", "objective.vicreg.weight=0.1"],
         ["across_turns=True", "whole_conversation=True", "length_weighting=jaccard", "linear_predictor=True"],
     ),
     "no next token, masks against each other": (

@@ -21,21 +21,22 @@ from tests.hf_models import make_model, reference
 from tests.test_hf_parity import error, one_batch, sequences
 
 pytestmark = pytest.mark.parity
-pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 TARGETS = {"llama3": ["q_proj", "v_proj", "down_proj"], "gemma2": ["o_proj", "gate_proj"], "phi": ["dense", "fc1"]}
 
 
 @pytest.fixture(scope="module", params=list(TARGETS))
 def case(request, tmp_path_factory):
     """The name, and a published model's directory."""
+    for package in ("torch", "transformers", "peft"):  # here, not above: imports of seconds
+        pytest.importorskip(package)
     directory = tmp_path_factory.mktemp(request.param)
     make_model(request.param).save_pretrained(directory)
     return request.param, directory
 
 
 def base_of(directory):
+    import transformers
+
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="float32", attn_implementation="eager")
 
 
@@ -66,6 +67,8 @@ def assert_equal_logits(lm, model, different_from=None):
 
 
 def test_a_trained_adapter_loads_in_peft_and_here_and_merged_in_transformers(case, tmp_path):
+    import peft
+
     _, directory = case
     lm = trained(directory, LoraConfig(rank=4, alpha=12.0, dropout=0.1), steps=2)
     lm.save_adapter(tmp_path / "adapter")
@@ -81,6 +84,8 @@ def test_a_trained_adapter_loads_in_peft_and_here_and_merged_in_transformers(cas
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_random_adapter_of_peft_loads_here(case, tmp_path, rslora):
+    import peft
+
     name, directory = case
     config = peft.LoraConfig(
         r=6, lora_alpha=10, target_modules=TARGETS[name], init_lora_weights=False, use_rslora=rslora, lora_dropout=0.3,
@@ -95,7 +100,7 @@ def test_a_random_adapter_of_peft_loads_here(case, tmp_path, rslora):
     assert_equal_logits(lm, peft.PeftModel.from_pretrained(base_of(directory), tmp_path / "again"))
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_merging_takes_the_exact_base(case, tmp_path, kind):
     """A quantised run's merged export is the published weights plus what the adapters add."""
     _, directory = case
@@ -109,6 +114,8 @@ def test_merging_takes_the_exact_base(case, tmp_path, kind):
 
 def test_new_token_rows_go_with_the_adapter(case, tmp_path):
     """The base is resized first, as for any adapter that was trained so."""
+    import peft
+
     _, directory = case
     lm = trained(directory, LoraConfig(rank=2), vocab_size=104)
     lm.save_adapter(tmp_path)
@@ -126,6 +133,7 @@ REFUSED = {
 
 
 def test_what_is_not_supported_is_refused_by_name(tmp_path):
+    pytest.importorskip("transformers")
     make_model("llama3").save_pretrained(tmp_path / "base")
     export_adapter(trained(tmp_path / "base", LoraConfig(rank=2)).run, tmp_path / "adapter")
     place = tmp_path / "adapter" / "adapter_config.json"

@@ -27,7 +27,9 @@ from tests.test_initial import QUICK
 
 SIZES = ("embed_dim", "head_dim", "mlp_dim", "max_positions")
 """What the preset's miniature has otherwise."""
-ALONE = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+ALONE = {
+    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+}  # fmt: skip
 
 
 def free_port():

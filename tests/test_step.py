@@ -49,20 +49,27 @@ def assert_same_training(cache_dir, tokenizer, mesh, devices, train, **same):
     assert max(jax.tree.leaves(moved)) < 2e-4  # Adam divides tiny gradients by themselves
 
 
-@pytest.mark.parametrize(
-    ("mesh", "devices", "micro_batches"),
-    [
-        ({"data": 8}, 8, 1),
-        ({"fsdp": 8, "data": 1}, 8, 1),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, 1),
-        ({"data": 1}, 1, 4),
-        ({"fsdp": 2, "data": 1}, 2, 4),
-        ({"fsdp": 2, "tensor": 2, "data": 1}, 4, -4),
-        ({"slices": 2, "data": 2, "fsdp": 2}, 8, 1),
-        ({"slices": 2, "data": 1, "fsdp": 2}, 4, -2),
-    ],
+MECHANICS = (
+    ({"data": 8}, 8, 1),
+    ({"fsdp": 8, "data": 1}, 8, 1),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, 8, 1),
+    ({"data": 1}, 1, 4),
+    ({"fsdp": 2, "data": 1}, 2, 4),
+    ({"fsdp": 2, "tensor": 2, "data": 1}, 4, -4),
+    ({"slices": 2, "data": 2, "fsdp": 2}, 8, 1),
+    ({"slices": 2, "data": 1, "fsdp": 2}, 4, -2),
 )
-@pytest.mark.parametrize(("layout", "by"), [("separate", "example"), ("shared", "example"), ("shared", "step")])
+"""Mesh, devices, micro-batches (negative: with recomputation)."""
+PAIRS = (("shared", "example"), ("separate", "example"), ("shared", "step"))
+CROSSED = [
+    pytest.param(*mechanics, *pairs, marks=[] if number % len(PAIRS) == PAIRS.index(pairs) else pytest.mark.slow)
+    for number, mechanics in enumerate(MECHANICS)
+    for pairs in PAIRS
+]
+"""Each of the mechanics once, each way of pairs with several of them; all with all are slow."""
+
+
+@pytest.mark.parametrize(("mesh", "devices", "micro_batches", "layout", "by"), CROSSED)
 def test_devices_and_micro_batches_change_nothing(cache_dir, tokenizer, mesh, devices, micro_batches, layout, by):
     train = {"micro_batches": abs(micro_batches), "remat": "full" if micro_batches < 0 else "none"}
     objective = {"jepa": {"dropout": 0.4, "dropout_by": by}}
@@ -116,8 +123,16 @@ def test_micro_batches_keep_gradients_once(remat):
 @pytest.mark.parametrize(
     ("predictors", "view_end", "direction", "placement"),
     [
-        *((k, end, "text_to_code", "append") for k in (0, 1, 3) for end in ("content", "turn")),
-        *((k, "content", "code_to_text", placement) for k in (0, 2) for placement in ("append", "prepend")),
+        (1, "content", "text_to_code", "append"),
+        (0, "turn", "text_to_code", "append"),
+        (3, "turn", "text_to_code", "append"),
+        (0, "content", "code_to_text", "append"),
+        (2, "content", "code_to_text", "prepend"),
+        pytest.param(0, "content", "text_to_code", "append", marks=pytest.mark.slow),
+        pytest.param(1, "turn", "text_to_code", "append", marks=pytest.mark.slow),
+        pytest.param(3, "content", "text_to_code", "append", marks=pytest.mark.slow),
+        pytest.param(0, "content", "code_to_text", "prepend", marks=pytest.mark.slow),
+        pytest.param(2, "content", "code_to_text", "append", marks=pytest.mark.slow),
     ],
 )
 def test_shared_equals_separate_where_the_text_begins_the_conversation(

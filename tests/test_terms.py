@@ -36,24 +36,36 @@ DATA = {"row_length": 384}
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("spans", MESH), ("e2e", {"data": 8}), ("mean", MESH), ("mask", MESH), ("mask_recover", {"data": 8}),
-     ("infonce", MESH), ("spread", {"data": 8})],
+    [("spans", MESH), ("e2e", {"data": 8}), ("mean", MESH), ("mask_recover", {"data": 8}), ("infonce", MESH),
+     ("spread", {"data": 8}), pytest.param("mask", MESH, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_devices_change_nothing(cache_dir, tokenizer, name, mesh):
     assert_same_training(cache_dir, tokenizer, mesh, 8, {}, objective=(ADDED | WHOLE)[name], data=DATA)
 
 
-@pytest.mark.parametrize("name", ADDED)
+ALSO_CUT = ("e2e", "mean", "mask_recover")
+"""Sums over spans like the others', whose batches are cut by devices above."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALSO_CUT)) for name in ADDED])
 def test_micro_batches_change_nothing(cache_dir, tokenizer, name):
     train = {"micro_batches": 4, "remat": "full" if name == "spans" else "none"}
     assert_same_training(cache_dir, tokenizer, {"fsdp": 2, "data": 1}, 2, train, objective=ADDED[name], data=DATA)
 
 
-@pytest.mark.parametrize("name", [*ADDED, *WHOLE])
-def test_layouts_change_nothing(cache_dir, tokenizer, name):
+LAYOUTS = [
+    pytest.param(name, layout, marks=[] if number % 2 == column else pytest.mark.slow)
+    for number, name in enumerate([*ADDED, *WHOLE])
+    for column, layout in enumerate(("shared", "padded"))
+]
+"""Each objective in one other layout; in both is slow."""
+
+
+@pytest.mark.parametrize(("name", "other_layout"), LAYOUTS)
+def test_layouts_change_nothing(cache_dir, tokenizer, name, other_layout):
     """Loss and gradient over the same examples, packed with others, read inside the conversation, or alone in a row."""
     results = []
-    for layout in ("separate", "shared", "padded"):
+    for layout in ("separate", other_layout):
         config = small_config(
             cache_dir,
             data={**DATA, "layout": layout, "rows_per_step": 24, "synthetic_train": 24},
@@ -66,11 +78,10 @@ def test_layouts_change_nothing(cache_dir, tokenizer, name):
         batch = host_batch(data)
         run = jax.jit(lambda p, b, c=config, s=data.kinds[0].row.longest_segment: gradients(p, b, c, s))
         results.append(run(params, batch))
-    total, grads, aux, weights = results[0]
-    for other, other_grads, other_aux, other_weights in results[1:]:
-        chex.assert_trees_all_close(other_weights, weights, rtol=1e-6)
-        chex.assert_trees_all_close((other, other_aux["sums"]), (total, aux["sums"]), rtol=1e-5)
-        chex.assert_trees_all_close(other_grads, grads, rtol=1e-4, atol=2e-6)
+    (total, grads, aux, weights), (other, other_grads, other_aux, other_weights) = results
+    chex.assert_trees_all_close(other_weights, weights, rtol=1e-6)
+    chex.assert_trees_all_close((other, other_aux["sums"]), (total, aux["sums"]), rtol=1e-5)
+    chex.assert_trees_all_close(other_grads, grads, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("view_end", ["content", "turn"])
@@ -104,7 +115,13 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
+LIKE_ANOTHER = ("jepa_l2", "jepa_mse", "stp_e2e", "stp_mask_recover")
+"""Their formulas' gradients are tested in test_distance.py, and the way to the trunk is another's."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_ANOTHER)) for name in ALONE]
+)
 def test_each_term_alone_moves_every_parameter(cache_dir, tokenizer, name):
     """The embedding, every layer, the final norm and the term's own matrix."""
     section = name.split("_", 1)[0]
