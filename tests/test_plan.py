@@ -195,6 +195,15 @@ def test_the_search_prefers_what_fits_and_is_fast():
     assert not any(each.fits for each in whole)  # 8 billion parameters with AdamW take 96 GB on one device
 
 
+def test_rows_that_do_not_fit_whole_are_cut():
+    long = ("--config.data.row_length=262144", "--config.data.rows_per_step=64", "--config.model.max_positions=262144")
+    config, topology = preset("--config=configs/llama8b.py", *long), parse_topology("gpu:h100x64")
+    found = candidates(config, step_shape(config, Assumptions()), topology, ())
+    assert found[0].fits and found[0].mesh.shape["context"] > 1
+    assert found[0].changes(config)["mesh.context"] == found[0].mesh.shape["context"]
+    assert not any(each.fits for each in found if each.mesh.shape["context"] == 1)
+
+
 @pytest.mark.parametrize(
     ("message", "gib"),
     [

@@ -3,11 +3,13 @@
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 from tests.conftest import CACHE, REPOSITORY
@@ -107,8 +109,20 @@ LIVES = multiprocessing.get_context("forkserver")
 LIVES.set_forkserver_preload(["llm_jepa_jax.modes", "llm_jepa_jax.verify", "llm_jepa_jax.publish"])
 
 
+EXIT_CODES = threading.Lock()
+"""An exit code can be read once, and whoever starts a process asks all others for theirs."""
+
+
 def live(workdir, log, *arguments):
     """Starts a run in a fraction of the time of `start`."""
     process = LIVES.Process(target=_life, args=([*ARGUMENTS, *arguments, f"--workdir={workdir}"], str(log)))
-    process.start()
+    with EXIT_CODES:
+        process.start()
     return process
+
+
+def exit_code(process, seconds=None):
+    """That of a life, once it has ended; None: it goes on after so many seconds."""
+    multiprocessing.connection.wait([process.sentinel], seconds)
+    with EXIT_CODES:
+        return process.exitcode

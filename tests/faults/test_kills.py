@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.faults.runs import EVERY, live, outcome, saved_steps
+from tests.faults.runs import EVERY, exit_code, live, outcome, saved_steps
 
 pytestmark = pytest.mark.faults
 KILLS = 100
@@ -24,8 +24,7 @@ def undisturbed(tmp_path_factory):
     for _ in range(2):  # the first one compiles; the second finds a finished run and changes nothing
         begun = time.monotonic()
         process = live(workdir, workdir.with_suffix(".log"))
-        process.join()
-        assert process.exitcode == 0, workdir.with_suffix(".log").read_text()[-3000:]
+        assert exit_code(process) == 0, workdir.with_suffix(".log").read_text()[-3000:]
     return outcome(workdir), time.monotonic() - begun
 
 
@@ -43,10 +42,10 @@ def kill_until_it_ends(workdir, draw, startup, ahead, ledger):
         log.touch()  # a process may not live to do so
         process = live(workdir, log, f"--config.checkpoint.ahead_steps={ahead}")
         kill = ledger.count("SIGKILL") < KILLS
-        process.join(draw.uniform(0.0, startup + 5.0) if kill else None)
-        if kill and process.exitcode is None:
+        code = exit_code(process, draw.uniform(0.0, startup + 5.0) if kill else None)
+        if code is None:
             process.kill()
-            process.join()
+            code = exit_code(process)
             ledger.add("SIGKILL")
         begun = re.search(r"starting from (checkpoint (\d+)|random)", log.read_text())
         if begun:
@@ -55,9 +54,9 @@ def kill_until_it_ends(workdir, draw, startup, ahead, ledger):
             assert lost[-1] <= EVERY + ahead, (reached, restored)
             reached = restored
         reached = max(reached, last_training_step(workdir))
-        if process.exitcode == 0:
+        if code == 0:
             return lost
-        assert process.exitcode == -9, log.read_text()[-3000:]
+        assert code == -9, log.read_text()[-3000:]
 
 
 def test_a_hundred_kills_change_nothing_and_lose_no_more_than_is_promised(undisturbed, tmp_path, ledger):
