@@ -74,7 +74,7 @@ def test_presets_expand_and_survive_json(path, tmp_path):
     spec = load(str(path))
     assert from_mapping(json.loads(json.dumps(spec.to_json())), "again") == spec
     cells = (spec.baseline is not None) + len(spec.variants) * max(1, len(spec.all_settings()))
-    assert len(points(spec, tmp_path)) == len(spec.rows) * cells * 5
+    assert len(points(spec, tmp_path)) == len(spec.rows) * cells * len(spec.seeds)
 
 
 @pytest.mark.parametrize(
