@@ -24,6 +24,7 @@ from llm_jepa_jax.models.transformer import (
     init_params,
     prefill,
 )
+from llm_jepa_jax.models.weaving import with_spare_branch
 from tests.conftest import SMALL_MODEL
 
 CONFIG = ModelConfig(**SMALL_MODEL)
@@ -129,7 +130,7 @@ def test_remat_changes_nothing(remat):
     row = packed()
 
     def loss(params, policy):
-        return (forward(params, CONFIG, *row, dtype=jnp.float32, remat=policy) ** 2).sum()
+        return (forward(PARAMS, CONFIG, *row, dtype=jnp.float32, remat=policy) ** 2).sum()
 
     plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(PARAMS, policy) for policy in ("none", remat))
     chex.assert_trees_all_close(plain, again, rtol=1e-5, atol=1e-5)
@@ -192,6 +193,15 @@ def test_on_tpus_a_norm_is_fenced_off_from_products():
         of = functools.partial(loss, backend=backend)
         for function in (of, jax.grad(of)):
             assert ("optimization_barrier" in str(jax.make_jaxpr(function)(shapes, tokens))) == (backend == "splash")
+
+
+def test_a_spare_branch_changes_nothing_of_a_row():
+    segments = jnp.ones((2, 24), jnp.int32)
+    tokens, positions = jax.random.randint(jax.random.key(1), (2, 24), 0, 50), jnp.broadcast_to(jnp.arange(24), (2, 24))
+    spare = with_spare_branch(tokens, positions)
+    rows = (tokens, positions, segments), (*spare[:2], segments, spare[2])
+    expected, found = (forward(PARAMS, CONFIG, *row, dtype=jnp.float32) for row in rows)
+    np.testing.assert_allclose(found[:, :24], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_fenced_gradients_are_the_gradients():

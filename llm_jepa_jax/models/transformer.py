@@ -21,7 +21,7 @@ from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.adding import run_adding
 from llm_jepa_jax.models.layers import BLOCKS, Cache, Carry, DecoderModule, Decoding, Layout, SeparateLayers
 from llm_jepa_jax.models.ops import ATTENTION, HIDDEN, PRODUCT, rotary_tables, soft_cap
-from llm_jepa_jax.models.weaving import unweave, weave
+from llm_jepa_jax.models.weaving import unweave, weave, with_spare_branch
 from llm_jepa_jax.parallel.sharding import constrain, length_parts
 
 REMAT_POLICIES = {
@@ -199,14 +199,14 @@ def forward_states(
         dropout=dropout.share if dropout else 0.0,
     )  # fmt: skip
     length, width = segments_RxL.shape[1], tokens_RxL.shape[1]
+    row = tokens_RxL, positions_RxL, branch_end_RxP
     if attention == "splash" and width == length and length_parts(length) == 1:
-        tokens_RxL, positions_RxL = (jnp.pad(array, ((0, 0), (0, 1))) for array in (tokens_RxL, positions_RxL))
-        branch_end_RxP = jnp.zeros_like(segments_RxL[:, :1])
-    tokens, positions, branch_end = weave(tokens_RxL, positions_RxL, branch_end_RxP, length)
+        row = with_spare_branch(tokens_RxL, positions_RxL)
+    tokens, positions, branch_end = weave(*row, length)
     layout = Layout(segments_RxL, branch_end)
     keys = {"dropout": dropout.key} if dropout else {}
     found, _ = decoder.apply({"params": params}, tokens, positions, layout, layer_sums=layer_sums, rngs=keys)
-    return tuple(unweave(state, length, width)[:, :width] for state in found)
+    return tuple(unweave(state, length, width) for state in found)
 
 
 def forward(
