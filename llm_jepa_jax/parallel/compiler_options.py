@@ -32,7 +32,7 @@ WHOLE_PRODUCTS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_00
 loops that add up a window at a time: layers of `llama8b` took twice as long."""
 LARGER_BLOCKS: Options = {"xla_tpu_scoped_vmem_limit_kib": 49152}
 """Blocks of products may take this much of a v6e's 128 MiB of vector memory, where 32 MiB is its own limit. An MLP of
-`llama8b` takes 0.91 of the time, its compilation 1.6 times. With 65,536 not one product was done in minutes."""
+`llama8b` takes 0.91 of the time, its compilation 1.6 times. With 65,536 one plain product took more than a minute."""
 
 TPU: dict[str, Options] = {
     "TPU v4": ASYNCHRONOUS | SCATTERED | WHOLE_PRODUCTS,
