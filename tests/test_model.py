@@ -130,7 +130,7 @@ def test_remat_changes_nothing(remat):
     row = packed()
 
     def loss(params, policy):
-        return (forward(PARAMS, CONFIG, *row, dtype=jnp.float32, remat=policy) ** 2).sum()
+        return (forward(params, CONFIG, *row, dtype=jnp.float32, remat=policy) ** 2).sum()
 
     plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(PARAMS, policy) for policy in ("none", remat))
     chex.assert_trees_all_close(plain, again, rtol=1e-5, atol=1e-5)

@@ -38,7 +38,7 @@ def with_spare_branch(tokens_RxL: jax.Array, positions_RxL: jax.Array) -> tuple[
     """Rows without branches, as `weave` takes them, with a branch of one token that nothing reads. For TPUs.
 
     Of rows of a multiple of 128 tokens their compilers lay the residual stream with tokens closest together, and copy
-    what the layers keep into another order and back: 4 of 32 ms a layer (`llama8b` on v6e, libtpu 0.0.42). One token
+    what the layers keep into another order and back: 4 of 38 ms a layer (`llama8b` on v6e, libtpu 0.0.42). One token
     more, and they do not.
     """
     spare = ((0, 0), (0, 1))
