@@ -14,7 +14,7 @@ import pytest
 from llm_jepa_jax.config import ModelConfig, RopeScalingConfig, freeze
 from llm_jepa_jax.models.attention import xla
 from llm_jepa_jax.models.families.registry import family_of
-from llm_jepa_jax.models.ops import apply_rotary, fenced, linear, rotary_frequencies
+from llm_jepa_jax.models.ops import apply_rotary, fenced, linear, rotary_frequencies, with_fenced_gradients
 from llm_jepa_jax.models.transformer import (
     abstract_params,
     count_params,
@@ -24,6 +24,7 @@ from llm_jepa_jax.models.transformer import (
     init_params,
     prefill,
 )
+from llm_jepa_jax.models.weaving import with_spare_branch
 from tests.conftest import SMALL_MODEL
 
 CONFIG = ModelConfig(**SMALL_MODEL)
@@ -177,8 +178,8 @@ def test_rotation_by_a_product_is_that_by_halves(dtype, rotated):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_on_tpus_a_norm_keeps_its_gradient_out_of_the_product_before_it():
-    """The barrier is in the gradient alone, changes no number of it, and is not where XLA computes attention."""
+def test_on_tpus_a_norm_is_fenced_off_from_products():
+    """The barriers change no number, of the norm or of its gradient, and are not where XLA computes attention."""
     x = jax.random.normal(jax.random.key(0), (4, 16))
     expected, found = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(x) for f in (lambda x: x, fenced))
     np.testing.assert_array_equal(found, expected)
@@ -190,8 +191,30 @@ def test_on_tpus_a_norm_keeps_its_gradient_out_of_the_product_before_it():
 
     for backend in ("splash", "xla"):
         of = functools.partial(loss, backend=backend)
-        assert "optimization_barrier" not in str(jax.make_jaxpr(of)(shapes, tokens))
-        assert ("optimization_barrier" in str(jax.make_jaxpr(jax.grad(of))(shapes, tokens))) == (backend == "splash")
+        for function in (of, jax.grad(of)):
+            assert ("optimization_barrier" in str(jax.make_jaxpr(function)(shapes, tokens))) == (backend == "splash")
+
+
+def test_a_spare_branch_changes_nothing_of_a_row():
+    segments = jnp.ones((2, 24), jnp.int32)
+    tokens, positions = jax.random.randint(jax.random.key(1), (2, 24), 0, 50), jnp.broadcast_to(jnp.arange(24), (2, 24))
+    spare = with_spare_branch(tokens, positions)
+    rows = (tokens, positions, segments), (*spare[:2], segments, spare[2])
+    expected, found = (forward(PARAMS, CONFIG, *row, dtype=jnp.float32) for row in rows)
+    np.testing.assert_allclose(found[:, :24], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fenced_gradients_are_the_gradients():
+    x = jax.random.normal(jax.random.key(0), (4, 16))
+
+    def swiglu(gate, up, fence):
+        gate, up = fence((gate, up))
+        return jnp.sum(jax.nn.silu(gate) * up)
+
+    expected, found = (
+        jax.grad(swiglu, (0, 1))(x, 2 * x, fence) for fence in (lambda pair: pair, with_fenced_gradients)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_llama31_frequencies_follow_the_published_rule():

@@ -25,6 +25,7 @@ from llm_jepa_jax.models.ops import (
     layer_norm,
     linear,
     rms_norm,
+    with_fenced_gradients,
 )
 from llm_jepa_jax.models.quantized import Quantized, Weight
 from llm_jepa_jax.parallel.sharding import constrain
@@ -291,8 +292,13 @@ class Block(DecoderModule):
         config = self.config
         act, bias, shape = ACTIVATIONS[config.activation], config.mlp_bias, (config.embed_dim, config.mlp_dim)
         if config.mlp_gated:
-            gate = self.linear("gate", normed_RxLxD, shape, ("embed", "mlp"), bias, kept_as=HIDDEN)
-            inner = act(gate) * self.linear("up", normed_RxLxD, shape, ("embed", "mlp"), bias, kept_as=HIDDEN)
+            gate, up = (
+                self.linear(name, normed_RxLxD, shape, ("embed", "mlp"), bias, kept_as=HIDDEN)
+                for name in ("gate", "up")
+            )
+            if self._on_tpu:
+                gate, up = with_fenced_gradients((gate, up))
+            inner = act(gate) * up
         else:
             inner = act(self.linear("up", normed_RxLxD, shape, ("embed", "mlp"), bias, kept_as=HIDDEN))
         inner = constrain(inner, "rows", "length", "mlp")

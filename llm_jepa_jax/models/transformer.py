@@ -21,8 +21,8 @@ from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.adding import run_adding
 from llm_jepa_jax.models.layers import BLOCKS, Cache, Carry, DecoderModule, Decoding, Layout, SeparateLayers
 from llm_jepa_jax.models.ops import ATTENTION, HIDDEN, PRODUCT, rotary_tables, soft_cap
-from llm_jepa_jax.models.weaving import unweave, weave
-from llm_jepa_jax.parallel.sharding import constrain
+from llm_jepa_jax.models.weaving import unweave, weave, with_spare_branch
+from llm_jepa_jax.parallel.sharding import constrain, length_parts
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, HIDDEN, ATTENTION),
@@ -199,7 +199,10 @@ def forward_states(
         dropout=dropout.share if dropout else 0.0,
     )  # fmt: skip
     length, width = segments_RxL.shape[1], tokens_RxL.shape[1]
-    tokens, positions, branch_end = weave(tokens_RxL, positions_RxL, branch_end_RxP, length)
+    row = tokens_RxL, positions_RxL, branch_end_RxP
+    if attention == "splash" and width == length and length_parts(length) == 1:
+        row = with_spare_branch(tokens_RxL, positions_RxL)
+    tokens, positions, branch_end = weave(*row, length)
     layout = Layout(segments_RxL, branch_end)
     keys = {"dropout": dropout.key} if dropout else {}
     found, _ = decoder.apply({"params": params}, tokens, positions, layout, layer_sums=layer_sums, rngs=keys)

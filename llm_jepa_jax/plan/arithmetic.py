@@ -11,6 +11,7 @@ from llm_jepa_jax.flops import layer_weights
 from llm_jepa_jax.models.attention.splash import block_sizes
 from llm_jepa_jax.models.lora import abstract_adapters
 from llm_jepa_jax.models.transformer import count_params
+from llm_jepa_jax.plan.chips import Chip
 from llm_jepa_jax.plan.kernels import visited
 from llm_jepa_jax.plan.links import Links, exchange_seconds
 from llm_jepa_jax.plan.memory import Memory, state_bytes
@@ -23,6 +24,8 @@ LIVE_LAYERS = 2
 """Layers whose gathered weights are held at one time."""
 KEPT = {"full": 1.0, "hidden": 2.0, "dots": 2.0, "none": 20.0}
 """Arrays of the residual stream's size that a layer keeps beside its products' outputs."""
+KEPT_ON_TPUS = KEPT | {"hidden": 0.0, "dots": 0.0}
+"""There the products' outputs are all: `llama8b` on v6e, `dots`, was compiled to what they take (libtpu 0.0.42)."""
 AT_RISK = 0.5
 """Share of the exchanges' time that is expected to be waited for."""
 
@@ -66,12 +69,13 @@ def repeated_weights(model: ModelConfig, remat: str) -> int:
     return (2 if model.mlp_gated else 1) * model.embed_dim * model.mlp_dim if remat == "hidden" else 0
 
 
-def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int], available: float) -> Memory:
+def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int], chip: Chip) -> Memory:
     """The memory of a step; the state exactly, the rest by the largest things that live at one time."""
     model, size = config.model, sizes_of(config, shape, mesh)
     width = 2 if config.train.dtype == "bfloat16" else 4
     residual = size.tokens * model.embed_dim * width
-    activations = model.num_layers * KEPT[config.train.remat] * residual
+    on_tpu = chip.platform == "tpu"
+    activations = model.num_layers * (KEPT_ON_TPUS if on_tpu else KEPT)[config.train.remat] * residual
     activations += model.num_layers * size.tokens * product_widths(model, config.train.remat) / size.tensor * width
     kinds = state_bytes(state)
     gradients = kinds["parameters"]
@@ -79,10 +83,12 @@ def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int],
     chunk = min(config.objective.head_chunk, size.targets) * model.vocab_size / size.tensor
     layers = LIVE_LAYERS * layer_weights(model) / size.tensor * width
     inner = size.tokens * (3 * product_widths(model) / size.tensor + 6 * model.embed_dim) * width
-    temporaries = max(head * (width + 4 + 4) + chunk * 8, layers + inner)
+    # The head, its gradient and logits; by what was compiled for TPUs, they hold one copy of each.
+    copies = 1 if on_tpu else 2
+    temporaries = max(head * (width + 4 * copies) + chunk * 4 * copies, layers + inner)
     rows = 4.0 * size.rows * size.parts * (3 * shape.width + 3 * shape.target_slots)
     return Memory(**kinds, batch=rows, activations=activations, gradients=gradients, temporaries=temporaries,
-                  available=available)  # fmt: skip
+                  available=chip.hbm)  # fmt: skip
 
 
 def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Links, mesh: dict[str, int]) -> Timeline:

@@ -20,9 +20,10 @@ class Attention:
     The compiler has no estimate for a custom kernel, so these are assumptions, a little below what its bundles say. In
     libtpu 0.0.42's code (blocks of 512, heads of 128) a visited pair of blocks takes on v5p about 1,450 bundles in the
     forward pass, where the products alone take 1,024 cycles: 0.70; in the backward passes about 0.80. On v6e, whose
-    units of 256 x 256 a head of 128 half fills, about 1,130 where products take 256: 0.23, and 0.30. Waits for memory
-    come on top. On GPUs they were measured: JAX's Triton kernel on an H100, forward and backward, heads of 64, rows of
-    2,048 and 4,096, reached 0.13 and 0.15, blocks of other segments counted, which it does not skip.
+    units of 256 x 256 a head of 128 half fills, 938 where products take 256: 0.27, and 2,406 where they take 896: 0.37.
+    Waits for memory, and 100 to 300 bundles to go from one pair of blocks to the next, come on top. On GPUs they were
+    measured: JAX's Triton kernel on an H100, forward and backward, heads of 64, rows of 2,048 and 4,096, reached 0.13
+    and 0.15, blocks of other segments counted, which it does not skip.
     """
 
     forward: float = 0.6
@@ -60,6 +61,7 @@ class Chip:
     attention: Attention = Attention()
     product_share: float = 0.75
     """Share of the peak that large matrix products reach, for arithmetic: 0.7 to 0.87 by the compiler's cycles on v5p;
+    on v6e what a compiled step of `llama8b` left for them;
     on GPUs what a whole step of Llama 3.2 1B's shape left for them (H200, docs/performance.md)."""
     options: tuple[tuple[str, str], ...] = ()
     """What the topology description of the compiler needs besides the shape."""
@@ -97,7 +99,7 @@ CHIPS: dict[str, Chip] = {
         ),
         Chip(
             "v6e", "tpu", 31.25 * GIB, 918e12, 1638e9, 1.75e9, torus=2, link=800 / 4 * _LINK, dcn=100e9 / 8,
-            node=4, largest=256, attention=Attention(0.2, 0.27),
+            node=4, largest=256, attention=Attention(0.235, 0.31), product_share=0.58,
         ),
         Chip(
             "tpu7x", "tpu", 94.75 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, torus=3, link=1200 / 6 * _LINK,

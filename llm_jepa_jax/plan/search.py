@@ -79,7 +79,7 @@ def by_arithmetic(config: Config, shape: RowShape, topology: Topology, mesh: Any
     """A candidate without compilation."""
     state = state or state_factory(config, mesh, NUM_STEPS).abstract
     sizes = dict(mesh.shape)
-    memory = memory_of(config, shape, state, sizes, topology.chip.hbm)
+    memory = memory_of(config, shape, state, sizes, topology.chip)
     return Candidate(config, mesh, memory, timeline_of(config, shape, topology, mesh_links(topology, mesh), sizes))
 
 
