@@ -26,8 +26,9 @@ KEPT = {"full": 1.0, "hidden": 2.0, "dots": 2.0, "none": 20.0}
 """Arrays of the residual stream's size that a layer keeps beside its products' outputs."""
 KEPT_ON_TPUS = KEPT | {"hidden": 0.0, "dots": 0.0}
 """There the products' outputs are all: `llama8b` on v6e, `dots`, was compiled to what they take (libtpu 0.0.42)."""
-AT_RISK = 0.5
-"""Share of the exchanges' time that is expected to be waited for."""
+AT_RISK = {"tensor": 1.0}
+"""Share of an axis's exchanges that is expected to be waited for, where it is not a half: the next product needs the
+sums over `tensor`, and nothing else is left to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,9 @@ def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int],
     residual = size.tokens * model.embed_dim * width
     on_tpu = chip.platform == "tpu"
     activations = model.num_layers * (KEPT_ON_TPUS if on_tpu else KEPT)[config.train.remat] * residual
-    activations += model.num_layers * size.tokens * product_widths(model, config.train.remat) / size.tensor * width
+    kept, cut = product_widths(model, config.train.remat), size.tensor
+    summed = 2 * model.embed_dim if kept else 0  # over `tensor`: each of its devices has them whole
+    activations += model.num_layers * size.tokens * ((kept - summed) / cut + summed) * width
     kinds = state_bytes(state)
     gradients = kinds["parameters"]
     head = model.embed_dim * model.vocab_size / size.tensor
@@ -165,7 +168,7 @@ def _add_exchanges(
         # On three torus dimensions at a time the compiler gathers by all-reduce (libtpu 0.0.42): twice the bytes sent.
         by_sum = route.name.count("ring") + route.name.count("row") > 2 and kind != "all-reduce"
         seconds = count * exchange_seconds(route, "all-reduce" if by_sum else kind, num_bytes / count)
-        exposed = AT_RISK * seconds
+        exposed = AT_RISK.get(axis, 0.5) * seconds
         timeline.exposed += exposed
         timeline.traffic[(route.axes, route.name, kind)] = Traffic(num_bytes, seconds, exposed, int(count))
 

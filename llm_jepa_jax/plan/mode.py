@@ -58,6 +58,11 @@ def plan(values: ml_collections.ConfigDict, workdir: pathlib.Path, asked: PlanFl
     config = _with_vocabulary(freeze(values))
     shape = step_shape(config, asked.assumed)
     chosen, compared = _candidates(config, shape, topology, asked)
+    if chosen.failed:
+        raise UserError(
+            f"--topology={topology.name}: the compiler itself failed on mesh {dict(chosen.mesh.shape)}, "
+            f"{chosen.failed}; plan another mesh"
+        )
     result = as_dict(chosen, config, shape, topology, asked.assumed, asked.chip_hour_price, compared)
     console = Console()
     show(result, chosen.memory, console)

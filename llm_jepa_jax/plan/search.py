@@ -11,12 +11,13 @@ from llm_jepa_jax.config import Config
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.flops import model_flops
 from llm_jepa_jax.parallel.sharding import num_row_shards
+from llm_jepa_jax.plan.apart import Died, apart
 from llm_jepa_jax.plan.arithmetic import memory_of, timeline_of
-from llm_jepa_jax.plan.compiled import NUM_STEPS, TooLarge, compile_step, gib
+from llm_jepa_jax.plan.compiled import NUM_STEPS, Compiled, TooLarge, compile_step, gib
 from llm_jepa_jax.plan.links import mesh_links
 from llm_jepa_jax.plan.memory import Memory
 from llm_jepa_jax.plan.schedule import Timeline
-from llm_jepa_jax.plan.topology import Topology, plan_mesh
+from llm_jepa_jax.plan.topology import Topology, compile_devices, plan_mesh, prepare_environment
 from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.train.state import state_factory
 
@@ -41,13 +42,15 @@ class Candidate:
     memory: Memory
     timeline: Timeline
     how: str = "arithmetic"
-    """`arithmetic` or `compiled`."""
+    """`arithmetic`, `compiled` or `compiler failed`."""
     compile_seconds: float = 0.0
     too_large: TooLarge | None = None
+    failed: str = ""
+    """How the compiler itself failed."""
 
     @property
     def fits(self) -> bool:
-        return self.too_large is None and self.memory.fits
+        return self.too_large is None and not self.failed and self.memory.fits
 
     def utilisation(self, shape: RowShape, topology: Topology) -> float:
         """Share of the devices' peak that the model's own FLOPs take, no recomputation counted; 0: peak not known."""
@@ -84,13 +87,25 @@ def by_arithmetic(config: Config, shape: RowShape, topology: Topology, mesh: Any
 
 
 def by_compiler(candidate: Candidate, shape: RowShape, topology: Topology) -> Candidate:
-    """The same with what the compiler says."""
-    result = compile_step(candidate.config, shape, candidate.mesh, topology)
+    """The same with what the compiler says. That for TPUs may end its process, so it has one of its own."""
+    try:
+        if topology.chip.platform == "tpu":
+            result = apart(_compile, candidate.config, shape, topology)
+        else:
+            result = compile_step(candidate.config, shape, candidate.mesh, topology)
+    except Died as error:
+        return dataclasses.replace(candidate, how="compiler failed", failed=str(error))
     if isinstance(result, TooLarge):
         return dataclasses.replace(candidate, how="compiled", too_large=result, compile_seconds=result.seconds)
     return dataclasses.replace(
         candidate, how="compiled", memory=result.memory, timeline=result.timeline, compile_seconds=result.seconds
     )
+
+
+def _compile(config: Config, shape: RowShape, topology: Topology) -> Compiled | TooLarge:
+    """In another process, which has no devices yet."""
+    prepare_environment(topology)
+    return compile_step(config, shape, plan_mesh(config.mesh, topology, compile_devices(topology)), topology)
 
 
 def candidates(config: Config, shape: RowShape, topology: Topology, devices: Any) -> list[Candidate]:
@@ -177,7 +192,9 @@ def search(
         LOG.info("compiling mesh %s, %s", dict(each.mesh.shape), _words(each.config))
         result = by_compiler(each, shape, topology)
         done.append(result)
-        if not result.fits:
+        if result.failed:
+            LOG.warning("the compiler failed on it: %s", result.failed)
+        elif not result.fits:
             limit = each.memory.peak * 0.95
             LOG.info("does not fit (%.0f s)", result.compile_seconds)
         else:
