@@ -57,8 +57,8 @@ def _call(answer: Connection, words: pathlib.Path, function: Callable[..., Any],
 
 
 def _ending(code: int, words: pathlib.Path) -> str:
-    """How a process ended: its fatal line where it left one, and the signal or the code."""
+    """How a process ended: the signal or the code, and its fatal line, or its last one where it left none."""
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     lines = words.read_text(errors="replace").splitlines() if words.exists() else []
-    fatal = next((line for line in lines if line.startswith(FATAL)), "")
-    return f"{how}: {fatal.partition('] ')[2][:SHOWN]}" if fatal else how
+    fatal = next((line.partition("] ")[2] for line in lines if line.startswith(FATAL)), lines[-1] if lines else "")
+    return f"{how}: {fatal[:SHOWN].strip()}" if fatal else how

@@ -26,9 +26,8 @@ KEPT = {"full": 1.0, "hidden": 2.0, "dots": 2.0, "none": 20.0}
 """Arrays of the residual stream's size that a layer keeps beside its products' outputs."""
 KEPT_ON_TPUS = KEPT | {"hidden": 0.0, "dots": 0.0}
 """There the products' outputs are all: `llama8b` on v6e, `dots`, was compiled to what they take (libtpu 0.0.42)."""
-AT_RISK = {"tensor": 1.0}
-"""Share of an axis's exchanges that is expected to be waited for, where it is not a half: the next product needs the
-sums over `tensor`, and nothing else is left to do."""
+AT_RISK = {"fsdp": 0.5, "data": 0.5, "slice": 0.5, "context": 0.5, "tensor": 1.0}
+"""Share of an axis's exchanges that is expected to be waited for: all of those that the next product needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +53,14 @@ def sizes_of(config: Config, shape: RowShape, mesh: dict[str, int]) -> Sizes:
     return Sizes(rows * shape.width, rows * shape.target_slots, rows, tensor, fsdp, data, parts)
 
 
-def product_widths(model: ModelConfig, remat: str = "dots") -> int:
-    """Values a token of a block that a remat policy keeps beside the residual stream: what its products give."""
+def product_widths(model: ModelConfig, remat: str = "dots") -> tuple[int, int]:
+    """Values a token of a block that a remat policy keeps beside the residual stream, of what its products give: those
+    that `tensor` cuts, and those that it sums, which each of its devices has whole."""
     if remat == "full":
-        return 0
+        return 0, 0
     heads = model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)  # queries, keys, values, what they mix to
     hidden = 0 if remat == "hidden" else (2 if model.mlp_gated else 1) * model.mlp_dim
-    return heads + 2 * model.embed_dim + hidden
+    return heads + hidden, 2 * model.embed_dim
 
 
 def repeated_weights(model: ModelConfig, remat: str) -> int:
@@ -77,15 +77,14 @@ def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int],
     residual = size.tokens * model.embed_dim * width
     on_tpu = chip.platform == "tpu"
     activations = model.num_layers * (KEPT_ON_TPUS if on_tpu else KEPT)[config.train.remat] * residual
-    kept, cut = product_widths(model, config.train.remat), size.tensor
-    summed = 2 * model.embed_dim if kept else 0  # over `tensor`: each of its devices has them whole
-    activations += model.num_layers * size.tokens * ((kept - summed) / cut + summed) * width
+    cut, whole = product_widths(model, config.train.remat)
+    activations += model.num_layers * size.tokens * (cut / size.tensor + whole) * width
     kinds = state_bytes(state)
     gradients = kinds["parameters"]
     head = model.embed_dim * model.vocab_size / size.tensor
     chunk = min(config.objective.head_chunk, size.targets) * model.vocab_size / size.tensor
     layers = LIVE_LAYERS * layer_weights(model) / size.tensor * width
-    inner = size.tokens * (3 * product_widths(model) / size.tensor + 6 * model.embed_dim) * width
+    inner = size.tokens * (3 * sum(product_widths(model)) / size.tensor + 6 * model.embed_dim) * width
     # The head, its gradient and logits; by what was compiled for TPUs, they hold one copy of each.
     copies = 1 if on_tpu else 2
     temporaries = max(head * (width + 4 * copies) + chunk * 4 * copies, layers + inner)
@@ -168,7 +167,7 @@ def _add_exchanges(
         # On three torus dimensions at a time the compiler gathers by all-reduce (libtpu 0.0.42): twice the bytes sent.
         by_sum = route.name.count("ring") + route.name.count("row") > 2 and kind != "all-reduce"
         seconds = count * exchange_seconds(route, "all-reduce" if by_sum else kind, num_bytes / count)
-        exposed = AT_RISK.get(axis, 0.5) * seconds
+        exposed = AT_RISK[axis] * seconds
         timeline.exposed += exposed
         timeline.traffic[(route.axes, route.name, kind)] = Traffic(num_bytes, seconds, exposed, int(count))
 
