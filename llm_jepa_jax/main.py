@@ -2,12 +2,15 @@
 """The command line: `python -m llm_jepa_jax.main --config=configs/NAME.py [--config.a.b=value …] [--mode=…]`."""
 
 import dataclasses
+import difflib
 import errno
 import json
 import logging
 import pathlib
 import sys
+from typing import Any
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
@@ -15,6 +18,7 @@ from rich.logging import RichHandler
 
 from llm_jepa_jax.checkpoint.export_settings import DTYPES, PREDICTOR_ROWS, SHARD_BYTES, ExportSettings
 from llm_jepa_jax.checkpoint.quiet import quiet_failed_writes
+from llm_jepa_jax.config import base_config
 from llm_jepa_jax.errors import TRY_AGAIN, TryAgainError, UserError
 from llm_jepa_jax.huge_pages import use_huge_pages
 
@@ -175,6 +179,22 @@ def _directory_here(workdir: str) -> pathlib.Path:
     return on_this_machine(run_place(workdir))
 
 
+def _unknown_key(argv: list[str]) -> str:
+    """The first key of the command line that the schema does not have, and what it has there; empty: it has all."""
+    for argument in argv:
+        path = argument.lstrip("-").partition("=")[0]
+        node: Any = base_config()
+        for name in path.split(".")[1:] if path.startswith("config.") else ():
+            if not isinstance(node, ml_collections.ConfigDict):
+                return f"--{path}: there are no keys below a value; leave `.{name}` out"
+            if name not in node:
+                near = difflib.get_close_matches(name, list(node), 1)
+                words = f"did you mean {near[0]}? " if near else ""
+                return f"--{path}: unknown key `{name}`; {words}keys there are {', '.join(sorted(node))}"
+            node = node[name]
+    return ""
+
+
 def parse(argv: list[str]) -> flags.FlagValues:
     """Parses the arguments (program name first).
 
@@ -189,7 +209,7 @@ def parse(argv: list[str]) -> flags.FlagValues:
         rest = values(argv)
     except (flags.Error, AttributeError, TypeError, ValueError, KeyError) as error:
         words = " ".join(str(error).replace("\n", " ").split())
-        raise UserError(f"command line: {words}; usage: {USAGE}") from error
+        raise UserError(f"command line: {_unknown_key(argv) or f'{words}; usage: {USAGE}'}") from error
     if len(rest) > 1:
         raise UserError(f"command line: unexpected {rest[1]!r}; usage: {USAGE}")
     for name, modes in FLAGS_OF_MODES.items():

@@ -241,7 +241,11 @@ def test_non_finite_updates_stop_the_run_with_a_saved_state(tmp_path):
     [
         (["--config=configs/none.py"], "--config=configs/none.py: no such file"),
         (["--config=configs/tiny.py:huge"], "presets take `:smoke` or nothing, not `:huge`"),
-        ([SMOKE, "--config.opt.learning_rat=1"], "learning_rat"),
+        (
+            [SMOKE, "--config.opt.learning_rat=1"],
+            "--config.opt.learning_rat: unknown key `learning_rat`; did you mean learning_r",
+        ),
+        ([SMOKE, "--config.seed.x=1"], "--config.seed.x: there are no keys below a value"),
         ([SMOKE, "--config.opt.learning_rate=fast"], "learning_rate"),
         ([SMOKE, "--config.data.layout=shard"], "`data.layout`='shard'; use one of separate, shared, padded"),
         ([SMOKE, "--config.mesh.fsdp=3"], "`mesh.fsdp`=3 does not divide 8 devices; use 1, 2, 4, 8, or -1 to fill"),
