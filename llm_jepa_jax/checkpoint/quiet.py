@@ -3,6 +3,7 @@
 
 import logging
 import sys
+import warnings
 from typing import Any
 
 LATE_WRITE = "Event loop is closed"
@@ -16,6 +17,8 @@ def quiet_failed_writes() -> None:
     # Training waits for saves on purpose (`checkpoint.ahead_steps`); Orbax advises against it at every one.
     logging.getLogger("absl").addFilter(lambda record: not record.getMessage().startswith(MEANT_WAIT))
     logging.getLogger("asyncio").addFilter(lambda record: "was never retrieved" not in record.getMessage())
+    # Writes that had not begun when another one failed; they are Orbax's and TensorStore's, this package has none.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _show_unless_late
 
 
