@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llm_jepa_jax.config import ModelConfig, RopeScalingConfig, freeze
+from llm_jepa_jax.models import layers
 from llm_jepa_jax.models.attention import xla
 from llm_jepa_jax.models.families.registry import family_of
 from llm_jepa_jax.models.ops import apply_rotary, fenced, linear, rotary_frequencies, with_fenced_gradients
@@ -176,6 +177,8 @@ def test_rotation_by_a_product_is_that_by_halves(dtype, rotated):
     for by_product in (False, True):
         found = both(lambda x, by_product=by_product: apply_rotary(x, tables, by_product))
         jax.tree.map(np.testing.assert_array_equal, found, expected)
+    found = both(lambda x: layers.rotated(x, tables, x_RxLxHxh.shape[1] - 3))  # three places of branches
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_on_tpus_a_norm_is_fenced_off_from_products():

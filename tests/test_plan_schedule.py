@@ -93,6 +93,39 @@ def test_an_exchange_that_fusions_drive_is_one_and_hides_behind_them_alone():
     assert timeline.exposed == pytest.approx(traffic.seconds - 5e-6)
 
 
+def test_what_the_sparse_cores_exchange_hides_behind_the_core():
+    """A scatter that they make, started and awaited, and an array that they only copy: the latter is nobody's time."""
+    text = """HloModule m
+
+%rs (a: bf16[4096,4096], t: token[]) -> bf16[1024,4096] {
+  %t = token[] parameter(1)
+  %a = bf16[4096,4096]{1,0} parameter(0)
+  ROOT %o = bf16[1024,4096]{1,0} reduce-scatter(%a), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%cp (b: bf16[4096,4096]) -> bf16[4096,4096] {
+  %b = bf16[4096,4096]{1,0} parameter(0)
+  ROOT %c = bf16[4096,4096]{0,1} copy(%b)
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: bf16[4096,4096]) -> bf16[1024,4096] {
+  %p = bf16[4096,4096]{1,0} parameter(0)
+  %s = ((bf16[4096,4096]{1,0}), bf16[1024,4096]{1,0}) call-start(%p), to_apply=%rs
+  %k = ((bf16[4096,4096]{1,0}), bf16[4096,4096]{0,1}) call-start(%p), to_apply=%cp
+  %w = bf16[4096,4096]{1,0} negate(%p), backend_config={"estimated_cycles":"1750"}
+  %kd = bf16[4096,4096]{0,1} call-done(%k)
+  ROOT %d = bf16[1024,4096]{1,0} call-done(%s)
+}
+"""
+    topology = parse_topology("v6e:2x2")
+    links = Links(topology, {"fsdp": 4}, [(0, 0, 0, 0), (0, 1, 0, 0), (1, 0, 0, 0), (1, 1, 0, 0)])
+    timeline = Walk(hlo.parse(text), topology.chip, links, 4, 0, lambda loop: None).run()
+    ((_, _, kind), traffic) = next(iter(timeline.traffic.items()))
+    assert (len(timeline.traffic), kind, traffic.num_bytes) == (1, "reduce-scatter", 4096 * 4096 * 2)
+    assert timeline.compute == pytest.approx(1e-6)
+    assert timeline.exposed == pytest.approx(traffic.seconds - 1e-6) and timeline.exposed > 0
+
+
 def test_reserved_memory_is_no_work():
     """The stacks of a loop begin as memory that nobody has written; a kernel's result is written."""
     line = '  %it = bf16[32,8192,4096]{2,1,0} custom-call(), custom_call_target="AllocateBuffer", backend_config={}'

@@ -19,6 +19,7 @@ from llm_jepa_jax.models.ops import (
     HIDDEN,
     PRODUCT,
     Adapter,
+    Tables,
     adapter_names,
     apply_rotary,
     fenced,
@@ -28,6 +29,7 @@ from llm_jepa_jax.models.ops import (
     with_fenced_gradients,
 )
 from llm_jepa_jax.models.quantized import Quantized, Weight
+from llm_jepa_jax.models.weaving import join, split
 from llm_jepa_jax.parallel.sharding import constrain
 
 
@@ -245,7 +247,8 @@ class Block(DecoderModule):
         config, windowed = self.config, _windowed(self.config, carry.layer)
         query_RxLxHxh, key_RxLxKxh, value_RxLxKxh = self._projected(normed_RxLxD)
         with jax.named_scope("rope"):
-            query_RxLxHxh, key_RxLxKxh = _rotated(query_RxLxHxh, key_RxLxKxh, tables, windowed, self._on_tpu)
+            chosen, trunk = _tables_of(tables, windowed), layout.segments_RxL.shape[1] if self._on_tpu else 0
+            query_RxLxHxh, key_RxLxKxh = (rotated(array, chosen, trunk) for array in (query_RxLxHxh, key_RxLxKxh))
         if config.score_width:
             query_RxLxHxh = query_RxLxHxh * (config.head_dim / config.score_width) ** 0.5
         cache, cap = carry.cache, config.attention_soft_cap
@@ -355,11 +358,19 @@ def _windowed(config: ModelConfig, layer: jax.Array) -> jax.Array | None:
     return jnp.asarray(local_N)[layer]
 
 
-def _rotated(
-    query: jax.Array, key: jax.Array, tables: Any, windowed: jax.Array | None, on_tpu: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Queries and keys after the rotation of their layer."""
+def _tables_of(tables: Any, windowed: jax.Array | None) -> Tables:
+    """Rotary tables of a layer, with a window or without one."""
     chosen, local = tables
-    if local is not None:
-        chosen = local if windowed is None else jax.tree.map(lambda a, b: jnp.where(windowed, a, b), local, chosen)
-    return apply_rotary(query, chosen, on_tpu), apply_rotary(key, chosen, on_tpu)
+    if local is None:
+        return chosen
+    return local if windowed is None else jax.tree.map(lambda a, b: jnp.where(windowed, a, b), local, chosen)
+
+
+def rotated(x: jax.Array, tables: Tables, trunk: int = 0) -> jax.Array:
+    """Queries or keys after their rotation. On TPUs, the first `trunk` places and the branches behind them each by
+    themselves: what attention's kernel reads needs no copy then.
+    """
+    if not trunk:
+        return apply_rotary(x, tables)
+    parts = zip(split(x, trunk), *(split(table, trunk) for table in tables), strict=True)
+    return join(*(apply_rotary(part, (cos, sin), by_product=True) for part, cos, sin in parts))

@@ -145,7 +145,7 @@ def _local(
     first_id = jax.lax.axis_index(PARAMETER_RULES["vocab"]) * head_DxV.shape[1] if sharded else 0
     is_id_V = first_id + jnp.arange(head_DxV.shape[1]) < settings.num_ids if settings.num_ids else None
 
-    def add_chunk(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def add_chunk(number: jax.Array | int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         place_C, target_C, weight_C = (jax.lax.dynamic_slice_in_dim(slot, number * size, size) for slot in slots)
         hidden_CxD = jnp.take(hidden_NxD, place_C, axis=0, mode="clip")
         logits_CxV = _dot(hidden_CxD, head_DxV, 1, 0)
@@ -170,7 +170,10 @@ def _local(
     if gradients == "all":
         zeros_V = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
         zeros += (jnp.zeros(head_DxV.shape, jnp.float32), zeros_V)
-    total, *grads = jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros)
+    if len(slots[0]) == size:  # one chunk is no loop, and its gradient of the head no sum
+        total, *grads = add_chunk(0, zeros)
+    else:
+        total, *grads = jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros)
     dhidden = [grad.reshape(hidden_RxLxD.shape) for grad in grads[:1]]
     if cut:
         dhidden = [jax.lax.psum_scatter(grad, LENGTH_AXIS, scatter_dimension=1, tiled=True) for grad in dhidden]

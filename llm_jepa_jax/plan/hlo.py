@@ -19,6 +19,7 @@ WIDTHS = {
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^{}]*\})?")
 HEAD = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+END = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -176,7 +177,7 @@ def parse(text: str) -> Module:
         if opened:
             name, lines = opened.group(2), []
             entry = name if opened.group(1) else entry
-        elif line.startswith("}") and name:
+        elif END.match(line) and name:
             computations[name] = Computation(name, tuple(_instruction(each) for each in lines))
             name = ""
         elif name:
@@ -190,7 +191,7 @@ def _joined(text: str) -> list[str]:
     """Lines; what attributes spell over several lines is one again."""
     lines: list[str] = []
     for line in text.splitlines():
-        goes_on = lines and HEAD.match(lines[-1]) and line.strip() and not HEAD.match(line) and line.strip() != "}"
+        goes_on = lines and HEAD.match(lines[-1]) and line.strip() and not HEAD.match(line) and not END.match(line)
         if goes_on:
             lines[-1] += line
         else:

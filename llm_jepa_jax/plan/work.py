@@ -41,9 +41,12 @@ class Collective:
 def collective_of(module: Module, instruction: Instruction, num_devices: int) -> Collective | None:
     """The exchange that an instruction is or starts; None for others.
 
-    A TPU's reduce-scatter is a fusion around an all-reduce of which each device keeps a slice.
+    A TPU's reduce-scatter is a fusion around an all-reduce of which each device keeps a slice. What its SparseCores
+    exchange is a call of theirs, started and awaited.
     """
     opcode = instruction.opcode.removesuffix("-start")
+    if instruction.opcode == "call-start":
+        return _inside(module, module.computations[instruction.called["to_apply"]], num_devices)
     if opcode in ("async", "fusion") and "calls" in instruction.called:
         inner = _inside(module, module.computations[instruction.called["calls"]], num_devices)
         if inner is None or opcode == "async":
