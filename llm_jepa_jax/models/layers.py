@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jepa_jax.config import ModelConfig
 from llm_jepa_jax.models.attention.dense import attend_masked
@@ -16,6 +17,7 @@ from llm_jepa_jax.models.attention.dispatch import attend_rows
 from llm_jepa_jax.models.attention.xla import attend, seen_back
 from llm_jepa_jax.models.ops import (
     ACTIVATIONS,
+    AGAIN,
     HIDDEN,
     PRODUCT,
     Adapter,
@@ -248,7 +250,9 @@ class Block(DecoderModule):
         query_RxLxHxh, key_RxLxKxh, value_RxLxKxh = self._projected(normed_RxLxD)
         with jax.named_scope("rope"):
             chosen, trunk = _tables_of(tables, windowed), layout.segments_RxL.shape[1] if self._on_tpu else 0
-            query_RxLxHxh, key_RxLxKxh = (rotated(array, chosen, trunk) for array in (query_RxLxHxh, key_RxLxKxh))
+            query_RxLxHxh, key_RxLxKxh = (
+                rotated(array, chosen, trunk, self._kept[1]) for array in (query_RxLxHxh, key_RxLxKxh)
+            )
         if config.score_width:
             query_RxLxHxh = query_RxLxHxh * (config.head_dim / config.score_width) ** 0.5
         cache, cap = carry.cache, config.attention_soft_cap
@@ -276,6 +280,13 @@ class Block(DecoderModule):
             )
         return mixed_RxLxD, cache, (key_RxLxKxh, value_RxLxKxh) if self.keep_kv else None
 
+    @property
+    def _kept(self) -> tuple[str, str]:
+        """Names for remat of queries' and keys' products, and of their rotations. A rotation's backward pass reads
+        neither, attention's the rotation; a norm's between them reads the product.
+        """
+        return (AGAIN, PRODUCT) if self.config.qk_norm == "none" else (PRODUCT, AGAIN)
+
     def _projected(self, normed_RxLxD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, before the rotation."""
         config, arrays = self.config, {}
@@ -283,7 +294,8 @@ class Block(DecoderModule):
         with jax.named_scope("qkv"):
             for name, heads, axis in (*kinds, ("value", config.num_kv_heads, "kv_heads")):
                 shape, axes = (config.embed_dim, heads, config.head_dim), ("embed", axis, "head_dim")
-                arrays[name] = self.linear(name, normed_RxLxD, shape, axes, config.qkv_bias)
+                kept = PRODUCT if name == "value" else self._kept[0]
+                arrays[name] = self.linear(name, normed_RxLxD, shape, axes, config.qkv_bias, kept_as=kept)
             arrays["query"] = constrain(arrays["query"], "rows", "length", "heads", "head_dim")
         if config.qk_norm != "none":
             for name, heads, _ in kinds:
@@ -366,11 +378,11 @@ def _tables_of(tables: Any, windowed: jax.Array | None) -> Tables:
     return local if windowed is None else jax.tree.map(lambda a, b: jnp.where(windowed, a, b), local, chosen)
 
 
-def rotated(x: jax.Array, tables: Tables, trunk: int = 0) -> jax.Array:
-    """Queries or keys after their rotation. On TPUs, the first `trunk` places and the branches behind them each by
-    themselves: what attention's kernel reads needs no copy then.
+def rotated(x: jax.Array, tables: Tables, trunk: int = 0, kept_as: str = AGAIN) -> jax.Array:
+    """Queries or keys after their rotation; `kept_as`: its name for remat. On TPUs, the first `trunk` places and the
+    branches behind them each by themselves: what attention's kernel reads needs no copy then.
     """
     if not trunk:
-        return apply_rotary(x, tables)
+        return checkpoint_name(apply_rotary(x, tables), kept_as)
     parts = zip(split(x, trunk), *(split(table, trunk) for table in tables), strict=True)
-    return join(*(apply_rotary(part, (cos, sin), by_product=True) for part, cos, sin in parts))
+    return join(*(checkpoint_name(apply_rotary(part, (cos, sin), True), kept_as) for part, cos, sin in parts))

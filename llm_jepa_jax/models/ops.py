@@ -192,6 +192,8 @@ def soft_cap(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
+AGAIN = "again"
+"""Name for remat of what every policy makes again."""
 PRODUCT = "product"
 """Name of a linear layer's output, by which remat policies find it: they do not look inside a `custom_vjp`."""
 

@@ -74,8 +74,12 @@ class Decoder(DecoderModule):
         if config.head_bias:
             self.vector("head_bias", (ids + padding,), "bias", 0.0)
         # From the width that the embedding is stored over to rows and their parts, one axis at a time: XLA does not
-        # find the way by itself, and would put all rows on every device.
-        looked_up = constrain(embedding_VxD[tokens_RxL].astype(self.dtype), "rows", "whole_length", "looked_up")
+        # find the way by itself, and would put all rows on every device. Gradients go back the same way, and in the
+        # compute type: the first step is not between float32 arrays.
+        looked_up = constrain(
+            embedding_VxD[tokens_RxL].astype(self.dtype), "replica_rows", "whole_length", "stored_embed"
+        )
+        looked_up = constrain(looked_up, "rows", "whole_length", "looked_up")
         embedded_RxLxD = constrain(looked_up, "rows", "length", "embed")
         if config.scale_embeddings:
             embedded_RxLxD = embedded_RxLxD * jnp.asarray(config.embed_dim**0.5, self.dtype)

@@ -3,8 +3,8 @@
 
 While the logits of a chunk of targets exist, its loss and its gradients are computed from them. So a chunk costs three
 products (logits, and the gradients of hidden states and head; two where the head is not trained), where a backward
-pass that recomputes costs four, and the largest array is [chunk, vocabulary]. Chunks without a target are not visited:
-the work follows the targets, not the slots.
+pass that recomputes costs four, and the largest array is [chunk, vocabulary]. Of several chunks, those without a
+target are not visited: the work follows the targets, not the slots.
 """
 
 import dataclasses
@@ -170,10 +170,8 @@ def _local(
     if gradients == "all":
         zeros_V = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
         zeros += (jnp.zeros(head_DxV.shape, jnp.float32), zeros_V)
-    if len(slots[0]) == size:  # one chunk is no loop, and its gradient of the head no sum
-        total, *grads = add_chunk(0, zeros)
-    else:
-        total, *grads = jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros)
+    alone = len(slots[0]) == size  # one chunk is no loop, and its gradient of the head no sum
+    total, *grads = add_chunk(0, zeros) if alone else jax.lax.fori_loop(0, -(-num_targets // size), add_chunk, zeros)
     dhidden = [grad.reshape(hidden_RxLxD.shape) for grad in grads[:1]]
     if cut:
         dhidden = [jax.lax.psum_scatter(grad, LENGTH_AXIS, scatter_dimension=1, tiled=True) for grad in dhidden]

@@ -33,12 +33,15 @@ ACTIVATION_RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "length": LENGTH_AXIS,
     "whole_length": None,
+    "replica_rows": ("slice", "data"),
+    "stored_embed": (LENGTH_AXIS, "fsdp"),
     "looked_up": LENGTH_AXIS,
     "embed": None,
     "head_dim": None,
     "layers": None,
 }
-"""Computation: rows over the batch axes, their tokens over context; inside a block heads and mlp over tensor."""
+"""Computation: rows over the batch axes, their tokens over context; inside a block heads and mlp over tensor. What is
+looked up lies first as the embedding does, for all rows of a replica."""
 
 REPLICAS = ("slice", "data")
 """Axes whose devices hold the same part of every parameter: what the gradient is added up over as a whole."""

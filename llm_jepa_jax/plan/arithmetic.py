@@ -85,9 +85,10 @@ def memory_of(config: Config, shape: RowShape, state: Any, mesh: dict[str, int],
     chunk = min(config.objective.head_chunk, size.targets) * model.vocab_size / size.tensor
     layers = LIVE_LAYERS * layer_weights(model) / size.tensor * width
     inner = size.tokens * (3 * sum(product_widths(model)) / size.tensor + 6 * model.embed_dim) * width
-    # The head, its gradient and logits; by what was compiled for TPUs, they hold one copy of each.
+    # The head, its gradient (of several chunks a float32 sum) and logits; TPUs hold one copy of each, as compiled.
     copies = 1 if on_tpu else 2
-    temporaries = max(head * (width + 4 * copies) + chunk * 4 * copies, layers + inner)
+    by_head = 4 if config.objective.head_chunk < size.targets else width
+    temporaries = max(head * (width + by_head * copies) + chunk * 4 * copies, layers + inner)
     rows = 4.0 * size.rows * size.parts * (3 * shape.width + 3 * shape.target_slots)
     return Memory(**kinds, batch=rows, activations=activations, gradients=gradients, temporaries=temporaries,
                   available=chip.hbm)  # fmt: skip
@@ -115,8 +116,9 @@ def timeline_of(config: Config, shape: RowShape, topology: Topology, links: Link
     width = 2 if config.train.dtype == "bfloat16" else 4
     elementwise = model.num_layers * ELEMENTWISE * size.tokens * model.embed_dim * width
     chunks = math.ceil(size.targets / config.objective.head_chunk)
-    # Each chunk reads and writes them, if there are any.
-    head_sums = 0.0 if config.lora.rank else 8.0 * chunks * model.embed_dim * model.vocab_size / size.tensor
+    # Each of several chunks reads and writes them, if there are any.
+    summed = 0 if config.lora.rank or chunks == 1 else chunks
+    head_sums = 8.0 * summed * model.embed_dim * model.vocab_size / size.tensor
     timeline.hbm_bytes = size.parts * (elementwise + head_sums)
     if chip.peak:
         timeline.compute = (

@@ -27,7 +27,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 TENSOR_SIZES = (1, 2, 4, 8, 16)
 CONTEXT_SIZES = (2, 4, 8, 16)
 """Parts of a row that are tried where whole ones do not fit."""
-CHUNKS = (256, 2048)
+CHUNKS = (256, 2048, 8192)
 """Targets of a chunk of the head: where units are fast, small ones spend their time on the head's gradient."""
 CLOSE = 1.1
 """A memory estimate by arithmetic may be this much above what there is and the step still be compiled."""

@@ -31,9 +31,9 @@ def attend(
     (num_queries, heads, width), length = query_RxQxHxh.shape[1:], segments_RxS.shape[1]
     reach = min(longest_segment or length, window or length)
     kernel = _kernel(num_queries, length, heads, reach, window, soft_cap, interpret)
-    # The kernel puts heads before places, and leaves the scale to its caller.
-    query_RxHxQxh = (query_RxQxHxh * width**-0.5).swapaxes(1, 2)
-    key_RxKxSxh, value_RxKxSxh = key_RxSxKxh.swapaxes(1, 2), value_RxSxKxh.swapaxes(1, 2)
+    # The kernel puts heads before places, and leaves the scale to its caller; keys have the fewer heads.
+    query_RxHxQxh, value_RxKxSxh = query_RxQxHxh.swapaxes(1, 2), value_RxSxKxh.swapaxes(1, 2)
+    key_RxKxSxh = (key_RxSxKxh * width**-0.5).swapaxes(1, 2)
     segment_ids = splash.SegmentIds(segments_RxS[:, length - num_queries :], segments_RxS)
     return jax.vmap(kernel)(query_RxHxQxh, key_RxKxSxh, value_RxKxSxh, segment_ids).swapaxes(1, 2)
 
