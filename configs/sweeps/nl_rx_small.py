@@ -6,10 +6,12 @@ from typing import Any
 from llm_jepa_jax.sweep.spec import PAPER_SEEDS
 
 OFF = {"objective.jepa.weight": 0, "objective.vicreg.weight": 0}
+TUNED = {"objective.jepa.weight": 0.5, "objective.jepa.num_predictors": 0}
+"""What `--tune` found in nl_rx_grid.py."""
 SMALL = {
     "data.train": "synth_train.jsonl", "data.eval_share": 0.05, "objective.ntp.targets": "all",
     "model.embed_dim": 256, "model.num_heads": 8, "model.num_kv_heads": 4, "model.mlp_dim": 704,
-    "train.num_epochs": 0, "train.num_steps": 600, "eval.every_steps": 300,
+    "train.num_epochs": 0, "train.num_steps": 400, "eval.every_steps": 200,
     "log.report": False, "log.tensorboard": False,
 }  # fmt: skip
 """Of every point; 5% of the training lines are held out to choose by."""
@@ -22,8 +24,8 @@ def get_sweep() -> dict[str, Any]:
         "common": SMALL,
         "baseline": {"NTP": OFF},
         "variants": {
-            "JEPA": {"objective.jepa.weight": 0.1, "objective.jepa.dropout": 0.0},
-            "JEPA, LD 0.75": {"objective.jepa.weight": 0.4, "objective.jepa.dropout": 0.75},
+            "JEPA": TUNED | {"objective.jepa.dropout": 0.0},
+            "JEPA, LD 0.75": TUNED | {"objective.jepa.dropout": 0.75},
             "STP": OFF | {"objective.stp.weight": 0.02},
         },
         "seeds": list(PAPER_SEEDS),

@@ -99,7 +99,7 @@ CHIPS: dict[str, Chip] = {
         ),
         Chip(
             "v6e", "tpu", 31.25 * GIB, 918e12, 1638e9, 1.75e9, torus=2, link=800 / 4 * _LINK, dcn=100e9 / 8,
-            node=4, largest=256, attention=Attention(0.235, 0.31), product_share=0.58,
+            node=4, largest=256, attention=Attention(0.235, 0.31), product_share=0.64,
         ),
         Chip(
             "tpu7x", "tpu", 94.75 * GIB, 2307e12 / 2, 7380e9 / 2, 2.2e9, torus=3, link=1200 / 6 * _LINK,

@@ -16,8 +16,10 @@ from llm_jepa_jax.sweep.points import Cell, cells
 from llm_jepa_jax.sweep.results import DONE, FAILED, Outcome, higher_is_better, value
 from llm_jepa_jax.sweep.spec import Spec
 
-CLOSE = 0.01
-"""Runs whose FLOPs differ by less, as a share, count as equal in compute: they are not trained again."""
+CLOSE = 0.02
+"""Runs whose FLOPs differ by less, as a share, count as equal in compute: they are not trained again.
+
+Far less than the scatter of seeds; with packed rows JEPA's attention, whose views are short, takes 1.8% less."""
 
 
 @dataclasses.dataclass(frozen=True)

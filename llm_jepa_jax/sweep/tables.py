@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from llm_jepa_jax.sweep.comparison import CellResult, Row, paired
+from llm_jepa_jax.sweep.comparison import CLOSE, CellResult, Row, paired
 from llm_jepa_jax.sweep.results import FAILED, Outcome, higher_is_better
 from llm_jepa_jax.sweep.spec import Spec
 
@@ -87,9 +87,8 @@ def warnings(rows: Sequence[Row]) -> list[str]:
             found.append(f"{where}{name} has no number for {seeds}: its mean is over fewer runs than others'")
         for cell, result in scaled.items():
             if result.cell == cell and row.baseline:
-                found.append(
-                    f"{where}{cell.variant} takes the baseline's FLOPs to within 1%: equal compute is the same runs"
-                )
+                close = f"takes the baseline's FLOPs to within {CLOSE:.0%}"
+                found.append(f"{where}{cell.variant} {close}: equal compute is the same runs")
         lacking_compute = [best.cell for best in row.best_cells if row.scaled is not None and best.cell not in scaled]
         for cell in lacking_compute:
             found.append(f"{where}{cell.variant} has no run at equal compute yet, or its FLOPs are not recorded")
