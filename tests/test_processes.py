@@ -27,9 +27,8 @@ from tests.test_initial import QUICK
 
 SIZES = ("embed_dim", "head_dim", "mlp_dim", "max_positions")
 """What the preset's miniature has otherwise."""
-ALONE = {
-    "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
-}  # fmt: skip
+DEVICES = 4
+"""Of all processes together."""
 
 
 def free_port():
@@ -38,15 +37,18 @@ def free_port():
         return server.getsockname()[1]
 
 
-def together(*command):
-    """stdout of two processes that run as one."""
-    address = f"localhost:{free_port()}"
+def together(*command, num_processes=2):
+    """stdout and stderr of each of several processes that run as one."""
+    address, flag = f"localhost:{free_port()}", "--xla_force_host_platform_device_count"
     started = []
-    for index in range(2):
-        rank = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+    for index in range(num_processes):
+        rank = {
+            "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(num_processes), "JAX_PROCESS_ID": str(index),
+            "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}={DEVICES // num_processes}",
+        }  # fmt: skip
         started.append(
             subprocess.Popen(
-                [sys.executable, *command], cwd=REPOSITORY, env=os.environ | ALONE | rank,
+                [sys.executable, *command], cwd=REPOSITORY, env=os.environ | rank,
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
@@ -120,14 +122,32 @@ def test_two_processes_train_and_evaluate_as_one_and_one_goes_on(published, tmp_
     check_two_evaluate_as_one(both, json.loads(out.splitlines()[-1]))
     run(["main", *argv, "--config.train.num_steps=4", f"--workdir={both}"])
     run(["main", *argv, "--config.train.num_steps=4", f"--workdir={alone}"])
+    check_same_training(both, alone)
+
+
+def check_same_training(*workdirs):
+    """Four steps of two runs."""
     lines = [
         [line for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if "ntp_loss" in line]
-        for workdir in (both, alone)
+        for workdir in workdirs
     ]
     assert [line["step"] for line in lines[0]] == [1, 2, 3, 4]
     for ours, theirs in zip(*lines, strict=True):
         for name in ("total_loss", "ntp_loss", "jepa_loss", "grad_norm", "examples"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(published, tmp_path):
+    argv = [
+        *QUICK[1:], f"--config.init.checkpoint={published}", "--config.log.every_steps=1", "--config.train.num_steps=4",
+        "--config.opt.schedule=constant", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+        *(f"--config.model.{name}={getattr(MODEL, name)}" for name in SIZES),
+    ]  # fmt: skip
+    (_, err), *others = together("-m", "llm_jepa_jax.main", *argv, f"--workdir={tmp_path / 'four'}", num_processes=4)
+    assert "4 processes on 1 hosts: " in err and all(each == ("", "") for each in others)
+    run(["main", *argv, f"--workdir={tmp_path / 'one'}"])
+    check_same_training(tmp_path / "four", tmp_path / "one")
 
 
 CHILD = """
