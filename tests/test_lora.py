@@ -114,7 +114,7 @@ def test_dropout_is_drawn_anew_by_step_and_micro_batch_and_not_in_evaluation(tmp
     assert np.abs(compiled(batch, cut, 0)["layers"][name] - alone).max() > 1e-5
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_gradients_are_those_of_the_dequantised_base(tmp_path, tokenizer, kind):
     config = lora_config(tmp_path, KINDS[kind])
     batch = host_batch(small_data(config, tokenizer))
@@ -336,6 +336,7 @@ def test_the_command_line_trains_resumes_evaluates_and_exports(base, tmp_path):
         (base / "moved").rename(base / "published")
 
 
+@pytest.mark.slow
 def test_a_runs_weights_are_a_base_too(base, tmp_path):
     """The step is kept, adapters of such a run cannot be another one's base, and PEFT cannot open them."""
     argv = [*QUICK, "--config.lora.rank=2", "--config.lora.targets=query,value", "--config.train.num_steps=1"]

@@ -59,7 +59,10 @@ def result_of(process):
     return json.loads(out.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(1, []), (8, ["--config.mesh.fsdp=4", "--config.mesh.tensor=2"])])
+@pytest.mark.parametrize(
+    ("devices", "mesh"),
+    [pytest.param(1, [], marks=pytest.mark.slow), (8, ["--config.mesh.fsdp=4", "--config.mesh.tensor=2"])],
+)
 def test_the_8b_preset_trains_as_a_miniature(tmp_path, devices, mesh):
     workdir = tmp_path / "run"
     arguments = ["--config=configs/llama8b.py:smoke", f"--workdir={workdir}", *mesh]

@@ -104,7 +104,7 @@ MESHES = {
 }
 """Devices, sizes of the mesh, batch size."""
 GREEDY, SAMPLED = Sampling(), Sampling(1.0, 50, 0.9)
-FAST = (("1", SAMPLED), ("fsdp, tensor", SAMPLED), ("context", GREEDY))
+FAST = (("1", SAMPLED), ("fsdp, tensor", SAMPLED))
 EVERY = [(mesh, sampling) for mesh in MESHES for sampling in (GREEDY, SAMPLED)]
 
 

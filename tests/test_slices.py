@@ -93,7 +93,7 @@ def crossing(module, num_devices):
                 yield found.kind, found.num_bytes, name in inside
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_gradients_cross_slices_once_a_step(cache_dir, micro_batches):
     """All of the parameters' bytes, and with micro-batches behind their loop."""
     config = small_config(cache_dir, train={"micro_batches": micro_batches}, data={"rows_per_step": 32})
