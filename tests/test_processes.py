@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two real processes with two devices each, as one program; and the roll call before it."""
+"""Two or four real processes with four devices together, as one program; and the roll call before it."""
 
 import json
 import os

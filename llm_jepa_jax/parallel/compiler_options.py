@@ -40,10 +40,10 @@ ON_SPARSE_CORES: Options = {
     "xla_tpu_use_tc_device_shape_on_sc": True,
 }
 """The SparseCores sum gradients while products run, over all chips of a slice too, where the core itself makes an
-all-reduce of whole gradients and waits. Google's published recipes for TPU7x and v5p set the same for their chips."""
+all-reduce of whole gradients and waits. Published recipes for TPU7x and v5p set most of them for their chips."""
 LARGER_BLOCKS: Options = {"xla_tpu_scoped_vmem_limit_kib": 63488}
 """Blocks of products may take this much of a v6e's 128 MiB of vector memory, where 32 MiB is its own limit. A step of
-`llama8b` computes for 0.68 s, with 52 MiB for 0.70 s; both compile for 300 s of CPU time, with 48 MiB for 190 s."""
+`llama8b` computes for 0.68 s, with 52 MiB for 0.70 s; it compiles for 300 s of CPU time, with 52 MiB for 277 s."""
 
 TPU: dict[str, Options] = {
     "TPU v4": ASYNCHRONOUS | SCATTERED | WHOLE_PRODUCTS,
