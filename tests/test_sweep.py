@@ -13,8 +13,10 @@ import sys
 import numpy as np
 import pytest
 
+from llm_jepa_jax.config import freeze
 from llm_jepa_jax.errors import UserError
 from llm_jepa_jax.main import parse as parse_main
+from llm_jepa_jax.resolve import resolve
 from llm_jepa_jax.sweep import comparison, tables
 from llm_jepa_jax.sweep.command_line import parse, read_spec
 from llm_jepa_jax.sweep.comparison import Sample, make_rows, paired, scaled_cells
@@ -22,7 +24,7 @@ from llm_jepa_jax.sweep.devices import parse_devices
 from llm_jepa_jax.sweep.page import write_page
 from llm_jepa_jax.sweep.points import points
 from llm_jepa_jax.sweep.results import Outcome, higher_is_better, metric_of
-from llm_jepa_jax.sweep.spec import from_mapping, load, parse_values
+from llm_jepa_jax.sweep.spec import PAPER_SEEDS, from_mapping, load, parse_values
 from llm_jepa_jax.sweep.submit import job_lines
 from llm_jepa_jax.sweep.sweep import run
 from llm_jepa_jax.sweep.tuner import tune
@@ -196,6 +198,16 @@ def test_launch_sweep_shows_what_it_runs(tmp_path):
     ).stdout.splitlines()
     assert shlex.split(shown[0])[0] == "bash" and shlex.split(shown[1])[1:] == ["-m", "llm_jepa_jax.sweep", *arguments]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("configs/sweeps/*.py")), ids=lambda path: path.stem)
+def test_every_point_of_the_sweeps_that_come_along_is_a_run(path, tmp_path):
+    """As `main` resolves it before it reads weights; no two are the same run."""
+    every = [point for point in points(load(str(path)), tmp_path) if point.seed == PAPER_SEEDS[0]]
+    assert len(every) > 1
+    for point in every:
+        config = resolve(freeze(parse_main(["main", *point.arguments]).config), {})
+        assert config.data.train and (config.data.eval or config.data.eval_share), point.name
 
 
 # --- Comparison
