@@ -132,7 +132,7 @@ def spans_of(golden: dict, dataset: str, stp: StpConfig, draws: list | None) -> 
     contents = np.concatenate([golden[f"{dataset}/{view}_start_end"] for view in VIEWS], axis=1)
     points = content_points(contents, stp)
     if not draws:
-        return points, draw_spans(stp, 0, 0, points)
+        return points, draw_spans(stp, 0, 0, points, np.arange(len(points)))
     draws = np.array(draws).reshape(len(points), stp.draws, 3)
     np.testing.assert_array_equal(draws[..., 2], np.tile(text_lengths(points)[:, None], stp.draws))
     return points, draws[..., :2]

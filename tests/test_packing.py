@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jepa_jax.batch import RowShape
-from llm_jepa_jax.data.packing import plan_rows, shuffled, slot_sizes
+from llm_jepa_jax.data.packing import load_of, plan_rows, shuffled, slot_sizes
 from llm_jepa_jax.data.views import copies, has_pair, uniform
 from tests.conftest import small_config
 
@@ -61,13 +61,17 @@ def test_unpacked_rows_hold_one_example_and_large_ones_raise():
 
 def test_slots_always_hold_the_largest_example():
     tokens, targets, pairs = np.array([10.0] * 50), np.array([1] * 49 + [60]), np.ones(50, int)
-    shape = slot_sizes(tokens, targets, pairs, pairs, RowShape(128, 0, 0), packed=True, margin=1.25, num_spans=0)
+    shape = slot_sizes(
+        load_of(tokens, targets, pairs, tokens, pairs), RowShape(128, 0, 0), packed=True, margin=1.25, num_spans=0
+    )
     assert shape.target_slots >= 60 and shape.pair_slots >= 12
     several = slot_sizes(
-        tokens, targets, pairs * 20, pairs, RowShape(128, 0, 0), packed=False, margin=1.25, num_spans=0
+        load_of(tokens, targets, pairs * 20, tokens, pairs), RowShape(128, 0, 0), packed=False, margin=1.25, num_spans=0
     )
     assert several.pair_slots >= 20
-    given_sizes = slot_sizes(tokens, targets, pairs, pairs, RowShape(128, 70, 3), packed=True, margin=1.25, num_spans=0)
+    given_sizes = slot_sizes(
+        load_of(tokens, targets, pairs, tokens, pairs), RowShape(128, 70, 3), packed=True, margin=1.25, num_spans=0
+    )
     assert dataclasses.astuple(given_sizes)[:3] == (128, 70, 3)
 
 
@@ -75,7 +79,7 @@ def test_slots_follow_the_weights_of_the_records():
     tokens, targets, pairs = np.full(100, 10.0), np.array([2] * 50 + [8] * 50), np.ones(100)
     even, towards_many = np.ones(100), np.array([1.0] * 50 + [9.0] * 50)
     sizes = [
-        slot_sizes(tokens, targets, pairs, w, RowShape(640, 0, 0), True, 1.25, 0).target_slots
+        slot_sizes(load_of(tokens, targets, pairs, tokens, w), RowShape(640, 0, 0), True, 1.25, 0).target_slots
         for w in (even, towards_many)
     ]
     assert sizes == [400, 592]  # 1.25 · 64 examples a row · mean targets 5 and 7.4

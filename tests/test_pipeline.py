@@ -191,7 +191,7 @@ def test_batches_keep_the_contract_and_the_tail_is_padding(tmp_path, tokenizer):
     check_batch(host_batch(data), 8, kind.row)
     all_batches = batches(data, 0, data.num_steps)
     assert sum(int(b["num_examples"].sum()) for b in all_batches) == 60
-    ((_, rest),) = data.epochs.remains(0)
+    ((_, rest),) = data.epochs.remains()
     tail = 8 - len(rest)
     assert 0 < tail < 8 and len(rest) > 0
     last = all_batches[-1]

@@ -43,7 +43,7 @@ def fixed_length(length, count):
 def test_spans_are_allowed_and_depend_on_their_own_example_only(stp, texts, seed, epoch):
     points = points_of(texts)
     lengths = text_lengths(points)
-    spans = draw_spans(stp, seed, epoch, points)
+    spans = draw_spans(stp, seed, epoch, points, np.arange(len(points)))
     assert spans.shape == (len(texts), stp.draws, 2) and spans.dtype == np.int32
     start, end = spans[..., 0], spans[..., 1]
     long = lengths >= 2
@@ -55,13 +55,14 @@ def test_spans_are_allowed_and_depend_on_their_own_example_only(stp, texts, seed
     one = len(texts) // 2
     others = np.concatenate([points + [0, 5, 5, 9], points])
     others[one] = points[one]
-    np.testing.assert_array_equal(draw_spans(stp, seed, epoch, others)[one], spans[one])
+    alone = np.array([one])
+    np.testing.assert_array_equal(draw_spans(stp, seed, epoch, others[alone], alone)[0], spans[one])
 
 
 @pytest.mark.parametrize("draw", DRAWS)
 def test_spans_change_with_epoch_seed_example_and_draw(draw):
     stp, points = StpConfig(draw=draw, draws=2), fixed_length(10**6, 50)
-    sets = [draw_spans(stp, seed, epoch, points) for seed, epoch in itertools.product((0, 1), (0, 1))]
+    sets = [draw_spans(stp, seed, epoch, points, np.arange(50)) for seed, epoch in itertools.product((0, 1), (0, 1))]
     found = {tuple(span) for spans in sets for span in spans.reshape(-1, 2).tolist()}
     assert len(found) == 4 * 50 * 2
 
@@ -97,7 +98,7 @@ def test_each_rule_has_its_exact_distribution(draw, length, max_length, from_sta
     """χ² of a fixed seed within five of its standard deviations."""
     stp = StpConfig(draw=draw, draws=2, max_length=max_length, from_start=from_start)
     expected, count = probabilities(stp, length), 20000
-    spans = draw_spans(stp, 3, 1, fixed_length(length, count // 2)).reshape(-1, 2)
+    spans = draw_spans(stp, 3, 1, fixed_length(length, count // 2), np.arange(count // 2)).reshape(-1, 2)
     found = collections.Counter(map(tuple, spans.tolist()))
     assert found.keys() == expected.keys()
     squares = sum((found[span] - count * p) ** 2 / (count * p) for span, p in expected.items())
@@ -118,11 +119,11 @@ def test_the_rules_are_the_published_ones():
 def test_modes_without_draws():
     points = points_of([(1, 4, 2, 3), (1, 0, 2, 1)])
     for mode in ("mean", "curvature"):
-        spans = draw_spans(StpConfig(mode=mode), 0, 0, points)
+        spans = draw_spans(StpConfig(mode=mode), 0, 0, points, np.arange(len(points)))
         assert not spans.any() and span_weights(StpConfig(mode=mode), spans[0], np.array([0, 4, 5, 8])).tolist() == [
             1.0
         ]
-    spans = draw_spans(StpConfig(mode="e2e"), 0, 0, points)
+    spans = draw_spans(StpConfig(mode="e2e"), 0, 0, points, np.arange(len(points)))
     assert spans.tolist() == [[[4, 7]], [[0, 1]]]
 
 
@@ -145,7 +146,7 @@ def contents_of(points):
 @given(stp=CONFIGS, text=st.tuples(*[st.integers(0, 30)] * 4))
 def test_points_enclose_exactly_the_drawn_tokens(stp, text):
     points = points_of(text)
-    (spans,) = draw_spans(stp, 0, 0, points)
+    (spans,) = draw_spans(stp, 0, 0, points, np.arange(1))
     places = contents_of(points[0])
     for (start, end), six in zip(spans, span_points(points[0], spans), strict=True):
         assert six[:4].tolist() == points[0].tolist()
@@ -161,7 +162,8 @@ def expected_texts(config, tokenizer, draw):
     """{tokens of the text: (conversation, place of each of them, its spans)} of every record in the first epoch."""
     stp = config.objective.stp
     rendered = [render(tokenizer, record.messages) for record in records_of(config)]
-    spans = draw(stp, config.seed, 0, content_points(np.stack([r.contents[-2:].reshape(-1) for r in rendered]), stp))
+    points = content_points(np.stack([r.contents[-2:].reshape(-1) for r in rendered]), stp)
+    spans = draw(stp, config.seed, 0, points, np.arange(len(points)))
     found = {}
     for conversation, own in zip(rendered, spans, strict=True):
         tokens, (user, assistant) = conversation.tokens.tolist(), conversation.contents[-2:].tolist()

@@ -32,7 +32,7 @@ def spans_batch(points, weights):
 def drawn(text, stp, epoch=0):
     """Bounds of a text, its spans and its batch."""
     points = content_points(points_of(text), stp)
-    (spans,) = draw_spans(stp, 0, epoch, points)
+    (spans,) = draw_spans(stp, 0, epoch, points, np.arange(1))
     return (
         points[0],
         spans,

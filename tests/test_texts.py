@@ -76,7 +76,7 @@ def test_costs_are_the_tokens_laid(tmp_path, tokenizer, case, predictors, view_e
     objective = {"jepa": jepa, "stp": {"weight": 1.0, "mode": mode}}
     data = data_of(tmp_path, tokenizer, records, objective, layout=layout, pairs=pairs, text_views=how, row_length=512)
     costs, branch = data.epochs.costs, branch_size(data.config)
-    drawn = costs.draw(0, epoch)
+    drawn = costs.draw(0, epoch, np.arange(len(costs.pairs_N)))
     shape = RowShape(512, 512, 8, branch=branch, span_slots=1)
     for example in range(len(costs.pairs_N)):
         for count in {0, int(costs.pairs_N[example])}:
@@ -123,8 +123,9 @@ def test_cuts_are_neighbours_within_what_was_planned(sizes, how):
     texts = Texts(np.concatenate(bounds).astype(np.int32), np.cumsum([0, *map(len, bounds)]))
     most, longest = most_cut(how, texts), np.zeros((len(sizes), 3), int)
     for epoch in range(40):
-        cuts = draw_cuts(how, 7, epoch, texts)
-        np.testing.assert_array_equal(cuts, draw_cuts(how, 7, epoch, texts))
+        cuts = draw_cuts(how, 7, epoch, texts, np.arange(len(sizes)))
+        some = np.arange(len(sizes))[::-2]
+        np.testing.assert_array_equal(cuts[some], draw_cuts(how, 7, epoch, texts, some))
         for (start, cut), (again, end), bound, cuttable in zip(
             *cuts.transpose(1, 0, 2), bounds, texts.can_be_cut(how), strict=True
         ):
@@ -150,14 +151,15 @@ def test_cuts_are_neighbours_within_what_was_planned(sizes, how):
 @pytest.mark.parametrize("how", HOW)
 def test_cuts_are_uniform_and_new_in_every_epoch(how):
     texts = Texts(np.tile([0, 3, 5, 9, 10], 4000).astype(np.int32), np.arange(4001) * 5)
-    cuts, other = draw_cuts(how, 0, 0, texts), draw_cuts(how, 0, 1, texts)
+    ids = np.arange(4000)
+    cuts, other = draw_cuts(how, 0, 0, texts, ids), draw_cuts(how, 0, 1, texts, ids)
     places = np.bincount(cuts[:, 1, 0], minlength=10)
     allowed = [3, 5, 9] if how == "sentence" else range(1, 10)
     assert places.sum() == places[list(allowed)].sum()
     expected = 4000 / len(allowed)
     assert (np.abs(places[list(allowed)] - expected) < 5 * expected**0.5).all()
     assert (cuts[:, 1, 0] != other[:, 1, 0]).mean() > 0.6 and (
-        cuts[:, 1, 0] != draw_cuts(how, 1, 0, texts)[:, 1, 0]
+        cuts[:, 1, 0] != draw_cuts(how, 1, 0, texts, ids)[:, 1, 0]
     ).any()
     if how == "adjacent":
         sizes = (cuts[:, 1, 1] - cuts[:, 1, 0])[cuts[:, 1, 0] == 5]
@@ -206,7 +208,7 @@ def test_shared_reads_the_earlier_view_inside_the_text(tmp_path, tokenizer, view
     data = data_of(tmp_path, tokenizer, [{"text": STORY}], objective, epochs=3, layout="shared")
     end = [tokenizer.end_of_turn_id] if view_end == "turn" else []
     for row, epoch in zip(host_rows(data)[:3], range(3), strict=True):
-        (_, cut), (_, last) = data.epochs.costs.draw(0, epoch)[0]
+        (_, cut), (_, last) = data.epochs.costs.draw(0, epoch, np.arange(1))[0]
         assert row["branch_end"][0] == cut and row["predictor_start"][0] == 0 and row["segments"].max() == 2
         ids = tokenizer.encode(STORY)
         assert row["tokens"][:256][row["segments"] == 2].tolist() == [tokenizer.bos_id, *ids[cut:last], *end]

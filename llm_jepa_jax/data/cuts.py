@@ -17,6 +17,7 @@ _STREAM = 3
 """The first of a cut's two streams."""
 SENTENCE_END = re.compile(r"[.!?\n](?=[ \n]|\Z)")
 BLANK = re.compile(r"\s*")
+ALL = slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +29,17 @@ class Texts:
     offsets: np.ndarray
     """int64 [N + 1]: where each example's begin in `bounds`; a conversation has none."""
 
-    @property
-    def length_N(self) -> np.ndarray:
-        """int64 [N]: tokens of each text; 0 for a conversation."""
-        length_N = np.zeros(len(self.offsets) - 1, np.int64)
-        texts = np.flatnonzero(np.diff(self.offsets))
-        length_N[texts] = self.bounds[self.offsets[texts + 1] - 1]
+    def lengths(self, of: np.ndarray | slice = ALL) -> np.ndarray:
+        """int64 [N]: tokens of the text of each example, or of these; 0 for a conversation."""
+        first_N, end_N = self.offsets[:-1][of], self.offsets[1:][of]
+        length_N = np.zeros(len(first_N), np.int64)
+        texts = np.flatnonzero(end_N > first_N)
+        length_N[texts] = self.bounds[end_N[texts] - 1]
         return length_N
 
-    def can_be_cut(self, how: str) -> np.ndarray:
+    def can_be_cut(self, how: str, of: np.ndarray | slice = ALL) -> np.ndarray:
         """bool [N]: the text has two views under `data.text_views`: two sentences, or else two tokens."""
-        return np.diff(self.offsets) > 2 if how == "sentence" else self.length_N > 1
+        return self.offsets[1:][of] - self.offsets[:-1][of] > 2 if how == "sentence" else self.lengths(of) > 1
 
 
 def sentence_bounds(text: str, places: list[int]) -> list[int]:
@@ -62,23 +63,25 @@ def sentence_bounds(text: str, places: list[int]) -> list[int]:
     return [*bounds, len(places)]
 
 
-def draw_cuts(how: str, seed: int, epoch: int, texts: Texts) -> np.ndarray:
-    """int32 [N, 2, 2]: each text's two views this epoch under `data.text_views`; 0 where it has none."""
-    cuts_Nx2x2 = np.zeros((len(texts.offsets) - 1, 2, 2), np.int32)
-    index_M = np.flatnonzero(texts.can_be_cut(how))
+def draw_cuts(how: str, seed: int, epoch: int, texts: Texts, ids_N: np.ndarray) -> np.ndarray:
+    """int32 [N, 2, 2]: the two views this epoch under `data.text_views` of these examples' texts; 0 where there are
+    none."""
+    cuts_Nx2x2 = np.zeros((len(ids_N), 2, 2), np.int32)
+    place_N = np.flatnonzero(texts.can_be_cut(how, ids_N))
+    index_M = ids_N[place_N]
     if how == "sentence":
         first_M = texts.offsets[index_M]
         inner_M = texts.offsets[index_M + 1] - first_M - 2
-        place_M = first_M + 1 + below(inner_M, seed, epoch, _STREAM, index_M)
-        start_M, cut_M, end_M = (texts.bounds[place_M + step] for step in (-1, 0, 1))
+        bound_M = first_M + 1 + below(inner_M, seed, epoch, _STREAM, index_M)
+        start_M, cut_M, end_M = (texts.bounds[bound_M + step] for step in (-1, 0, 1))
     else:
-        length_M = texts.length_N[index_M]
+        length_M = texts.lengths(index_M)
         cut_M = 1 + below(length_M - 1, seed, epoch, _STREAM, index_M)
         start_M, end_M = np.zeros_like(cut_M), length_M
         if how == "adjacent":
             size_M = 1 + below(np.minimum(cut_M, length_M - cut_M), seed, epoch, _STREAM + 1, index_M)
             start_M, end_M = cut_M - size_M, cut_M + size_M
-    cuts_Nx2x2[index_M] = np.stack([start_M, cut_M, cut_M, end_M], axis=-1).reshape(-1, 2, 2)
+    cuts_Nx2x2[place_N] = np.stack([start_M, cut_M, cut_M, end_M], axis=-1).reshape(-1, 2, 2)
     return cuts_Nx2x2
 
 
@@ -86,7 +89,7 @@ def most_cut(how: str, texts: Texts) -> np.ndarray:
     """int64 [N, 3]: most tokens that the earlier view, the later view and both together have in any epoch."""
     most_Nx3 = np.zeros((len(texts.offsets) - 1, 3), np.int64)
     index_M = np.flatnonzero(texts.can_be_cut(how))
-    length_M = texts.length_N[index_M]
+    length_M = texts.lengths(index_M)
     if how == "continuation":
         most_Nx3[index_M] = np.stack([length_M - 1, length_M - 1, length_M], axis=-1)
     elif how == "adjacent":

@@ -58,35 +58,55 @@ def no_rows(num_drawn: int) -> Plan:
     return Plan(np.zeros(0, np.int64), np.zeros(0, np.int64), _nothing_drawn(0, num_drawn), np.zeros(1, np.int64))
 
 
-def slot_sizes(
-    tokens_N: np.ndarray,
-    targets_N: np.ndarray,
-    pairs_N: np.ndarray,
-    weights_N: np.ndarray,
-    shape: RowShape,
-    packed: bool,
-    margin: float,
-    num_spans: int,
-) -> RowShape:
-    """Fills slot counts that are 0, from the cost of each example, its pairs and its copies an epoch (`weights`).
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What examples take together in an epoch, each as often as it comes, and the most that one of them takes."""
+
+    tokens: float
+    targets: float
+    pairs: float
+    examples: float
+    most_targets: int
+    most_pairs: int
+    longest: int
+    """Tokens of the longest segment."""
+
+    def __add__(self, other: "Load") -> "Load":
+        return Load(
+            self.tokens + other.tokens, self.targets + other.targets, self.pairs + other.pairs,
+            self.examples + other.examples, max(self.most_targets, other.most_targets),
+            max(self.most_pairs, other.most_pairs), max(self.longest, other.longest),
+        )  # fmt: skip
+
+
+def load_of(
+    tokens_N: np.ndarray, targets_N: np.ndarray, pairs_N: np.ndarray, longest_N: np.ndarray, weights_N: np.ndarray
+) -> Load:
+    """The load of some examples; `weights` are copies of each."""
+    sums = (float(each_N @ weights_N) for each_N in (tokens_N, targets_N, pairs_N))
+    return Load(*sums, float(weights_N.sum()), *(int(each_N.max()) for each_N in (targets_N, pairs_N, longest_N)))
+
+
+def slot_sizes(load: Load, shape: RowShape, packed: bool, margin: float, num_spans: int) -> RowShape:
+    """Fills slot counts that are 0, from the load of all examples of such rows.
 
     `margin` times the average load of a full row, and never too few for a single example; a row whose slots are used
     up is closed, so a slot count costs fill, never an example. Without any pair, a row has no pair slots; with spans,
     `num_spans` an example, it has span slots and a most of examples.
     """
     if not packed:
-        needed_targets, needed_pairs, examples = int(targets_N.max()), int(pairs_N.max()), 1
+        needed_targets, needed_pairs, examples = load.most_targets, load.most_pairs, 1
     else:
-        rows = tokens_N @ weights_N / shape.length
-        needed_targets = max(int(targets_N.max()), int(np.ceil(margin * (targets_N @ weights_N) / rows)))
-        needed_pairs = max(int(pairs_N.max()), int(np.ceil(margin * (pairs_N @ weights_N) / rows)))
-        examples = max(1, int(np.ceil(margin * weights_N.sum() / rows)))
+        rows = load.tokens / shape.length
+        needed_targets = max(load.most_targets, int(np.ceil(margin * load.targets / rows)))
+        needed_pairs = max(load.most_pairs, int(np.ceil(margin * load.pairs / rows)))
+        examples = max(1, int(np.ceil(margin * load.examples / rows)))
 
     def size(given: int, needed: int, multiple: int) -> int:
         return given or min(shape.length, -(-needed // multiple) * multiple)
 
     # A pair slot with a branch costs tokens, so none is added for the sake of a round number.
-    pair_slots = size(shape.pair_slots, needed_pairs, 1 if shape.branch else SLOT_MULTIPLE) if pairs_N.any() else 0
+    pair_slots = size(shape.pair_slots, needed_pairs, 1 if shape.branch else SLOT_MULTIPLE) if load.most_pairs else 0
     target_slots = size(shape.target_slots, needed_targets, SLOT_MULTIPLE)
     return dataclasses.replace(
         shape, target_slots=target_slots, pair_slots=pair_slots,

@@ -110,23 +110,29 @@ class TrainData:
         return iter(dataset)
 
     def summary(self) -> dict[str, Any]:
-        """Sizes and fill of the first epoch, all kinds together and each by itself."""
-        costs, plans = self.epochs.costs, self.epochs.get(0).plans  # nothing is left from before it
-        drawn_NxKx2, no_pairs_N = costs.draw(self.config.seed, 0), np.zeros_like(costs.pairs_N)
-        views_N = costs.tokens(costs.pairs_N, drawn_NxKx2) - costs.tokens(no_pairs_N, drawn_NxKx2)
-        views_N += branch_size(self.config) * costs.pairs_N
+        """Sizes and fill of the first epoch, all kinds together and each by itself.
+
+        Of several windows the first is counted, as often as there are windows.
+        """
+        costs, windows = self.epochs.costs, self.epochs.windows
+        plans = self.epochs.get(0).plans  # nothing is left from before it
+        ids = np.flatnonzero(self.fits_N)[::windows]
+        drawn_NxKx2, pairs_N = costs.draw(self.config.seed, 0, ids), costs.pairs_N[ids]
+        views_N = costs.tokens(pairs_N, drawn_NxKx2, ids) - costs.tokens(np.zeros_like(pairs_N), drawn_NxKx2, ids)
+        views_N += branch_size(self.config) * pairs_N
         examples, rows = sum(len(plan.examples) for plan in plans), sum(map(len, plans))
         tokens = sum(map(self.epochs.tokens, plans))
         places = sum(len(plan) * kind.row.width for plan, kind in zip(plans, self.kinds, strict=True))
         return {
-            "examples": examples,
-            "pairs": sum(int(plan.pairs.sum()) for plan in plans),
+            "examples": examples * windows,
+            "pairs": sum(int(plan.pairs.sum()) for plan in plans) * windows,
             "dropped": self.dropped.count,
-            "rows_per_epoch": rows,
+            "windows_per_epoch": windows,
+            "rows_per_epoch": rows * windows,
             "examples_per_row": examples / rows,
             "fill": tokens / places,
-            "conversation_tokens": float(costs.conversation_N[self.fits_N].mean()),
-            "view_tokens": float(views_N[self.fits_N].mean()),
+            "conversation_tokens": float(costs.conversation_N[ids].mean()),
+            "view_tokens": float(views_N.mean()),
             "num_steps": self.num_steps,
             "kinds": [self._kind_summary(plan, kind) for plan, kind in zip(plans, self.kinds, strict=True)],
         }
@@ -138,8 +144,8 @@ class TrainData:
             "longest_segment": kind.row.longest_segment,
             "target_slots": kind.row.target_slots,
             "pair_slots": kind.row.pair_slots,
-            "examples": len(plan.examples),
-            "rows_per_epoch": len(plan),
+            "examples": len(plan.examples) * self.epochs.windows,
+            "rows_per_epoch": len(plan) * self.epochs.windows,
             "fill": self.epochs.tokens(plan) / max(1, len(plan) * kind.row.width),
         }
 
@@ -170,7 +176,7 @@ def make_train_data(config: Config, tokenizer: Tokenizer, source: Source, weight
     builder = RowBuilder(corpus, config, view_tokens(tokenizer, jepa), tokenizer.mask_id, costs)
     num_steps = train.num_steps
     if not num_steps:
-        num_steps = epochs.end(train.num_epochs - 1) + len(epochs.remains(train.num_epochs - 1))
+        num_steps = epochs.end(epochs.last) + len(epochs.remains())
     return TrainData(config, epochs, builder, num_steps, dropped, fits_N)
 
 
@@ -206,7 +212,7 @@ def _report_idle(config: Config, costs: Costs, fits_N: np.ndarray) -> None:
     """Counts the examples that a term has nothing to draw from."""
     stp, count, points_Nx4 = config.objective.stp, int(fits_N.sum()), costs.points_Nx4[fits_N]
     if costs.texts is not None:
-        texts_N = costs.texts.length_N[fits_N] > 0
+        texts_N = costs.texts.lengths()[fits_N] > 0
         single = int((texts_N & (costs.pairs_N[fits_N] == 0)).sum())
         unit = "sentences" if costs.text_views == "sentence" else "tokens"
         if single:

@@ -49,7 +49,7 @@ class RowBuilder:
 
     def is_text(self, examples: np.ndarray) -> np.ndarray:
         """bool [n]: which examples are plain text."""
-        return self._corpus.texts.length_N[examples] > 0
+        return self._corpus.texts.lengths(examples) > 0
 
     def _fill(self, row: Row, plan: Plan, members: slice) -> None:
         place = segment = target = pair = span = 0

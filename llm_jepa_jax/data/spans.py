@@ -18,12 +18,12 @@ _STREAM = 1000
 
 
 def content_points(contents_Nx4: np.ndarray, stp: StpConfig) -> np.ndarray:
-    """int64 [N, 4]: `TokenizedCorpus.contents` under the configuration.
+    """int [N, 4]: `TokenizedCorpus.contents` under the configuration.
 
     With `across_turns` the assistant's content begins where the user's ends. With `whole_conversation` the user's
     begins behind the first token; in the mask modes, which encode the text anew, with it.
     """
-    points_Nx4 = contents_Nx4.astype(np.int64)
+    points_Nx4 = contents_Nx4.copy() if stp.across_turns or stp.whole_conversation else contents_Nx4
     if stp.across_turns:
         points_Nx4[:, CODE_BEFORE] = points_Nx4[:, USER_END]
     if stp.whole_conversation:
@@ -34,11 +34,11 @@ def content_points(contents_Nx4: np.ndarray, stp: StpConfig) -> np.ndarray:
 def text_lengths(points_Nx4: np.ndarray) -> np.ndarray:
     """int64 [N]: tokens of each text."""
     user_N = points_Nx4[..., USER_END] - points_Nx4[..., USER_BEFORE]
-    return user_N + points_Nx4[..., CODE_END] - points_Nx4[..., CODE_BEFORE]
+    return (user_N + points_Nx4[..., CODE_END] - points_Nx4[..., CODE_BEFORE]).astype(np.int64)
 
 
-def draw_spans(stp: StpConfig, seed: int, epoch: int, points_Nx4: np.ndarray) -> np.ndarray:
-    """int32 [N, J, 2]: (start, end) of each of J = `stp.draws` spans of every example this epoch.
+def draw_spans(stp: StpConfig, seed: int, epoch: int, points_Nx4: np.ndarray, ids_N: np.ndarray) -> np.ndarray:
+    """int32 [N, J, 2]: (start, end) of each of J = `stp.draws` spans this epoch of the examples with these ids.
 
     (0, 0) where a text is too short, or where the mode draws none: `mean` and `curvature`. `e2e` takes the assistant's
     content.
@@ -51,7 +51,7 @@ def draw_spans(stp: StpConfig, seed: int, epoch: int, points_Nx4: np.ndarray) ->
     long_enough = np.flatnonzero(length_N >= 2)
     if stp.mode in ("mean", "curvature") or not len(long_enough):
         return spans_NxJx2
-    index_M = (long_enough[:, None] * stp.draws + np.arange(stp.draws)).reshape(-1)
+    index_M = (ids_N[long_enough, None] * stp.draws + np.arange(stp.draws)).reshape(-1)
     draw = {"start_then_end": _start_then_end, "both": _both, "uniform": _uniform}[stp.draw]
     start_M, end_M = draw(stp, np.repeat(length_N[long_enough], stp.draws), seed, epoch, index_M)
     spans_NxJx2[long_enough] = np.stack([start_M, end_M], axis=-1).reshape(-1, stp.draws, 2)

@@ -27,14 +27,15 @@ def has_pair(config: Config, epoch: int, examples_N: np.ndarray) -> np.ndarray:
 
 def copies(config: Config, epoch: int, weights_N: np.ndarray) -> np.ndarray:
     """int64 [N]: how often each record comes this epoch; the fraction of a weight is drawn anew."""
-    whole_N = np.floor(weights_N)
-    extra_N = uniform(config.seed, epoch, _COPY_STREAM, np.arange(len(weights_N))) < weights_N - whole_N
-    return (whole_N + extra_N).astype(np.int64)
+    copies_N = weights_N.astype(np.int64)
+    part_M = np.flatnonzero(weights_N != copies_N)
+    copies_N[part_M] += uniform(config.seed, epoch, _COPY_STREAM, part_M) < weights_N[part_M] - copies_N[part_M]
+    return copies_N
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What N examples take of a row. int64 [N] each, unless said.
+    """What N examples take of a row. int32 [N] each, unless said: a corpus may have hundreds of millions.
 
     Two things are drawn for an example in every epoch, both spans of its tokens: the cut that makes two views of plain
     text (`cuts`), and the spans of `objective.stp` (`spans`). Where they add tokens to a row, the row's length is
@@ -72,19 +73,19 @@ class Costs:
         """The rest of what is drawn: spans of `objective.stp`."""
         return (self.stp.draws if self.stp.mode == "random_span" else 1) if self.stp.weight else 0
 
-    def draw(self, seed: int, epoch: int) -> np.ndarray:
-        """int32 [N, K, 2]: what is drawn for every example this epoch, K = `num_cuts` + `num_spans`."""
-        drawn = [np.zeros((len(self.conversation_N), 0, 2), np.int32)]
+    def draw(self, seed: int, epoch: int, ids_N: np.ndarray) -> np.ndarray:
+        """int32 [N, K, 2]: what is drawn for these examples this epoch, K = `num_cuts` + `num_spans`."""
+        drawn = [np.zeros((len(ids_N), 0, 2), np.int32)]
         if self.texts is not None:
-            drawn.append(draw_cuts(self.text_views, seed, epoch, self.texts))
+            drawn.append(draw_cuts(self.text_views, seed, epoch, self.texts, ids_N))
         if self.stp.weight:
-            drawn.append(draw_spans(self.stp, seed, epoch, self.points_Nx4))
+            drawn.append(draw_spans(self.stp, seed, epoch, self.points_Nx4[ids_N], ids_N))
         return np.concatenate(drawn, axis=1)
 
     def tokens(
         self, pairs_N: np.ndarray, drawn_NxKx2: np.ndarray | None = None, examples: np.ndarray | None = None
     ) -> np.ndarray:
-        """int64 [N] tokens of each example, given how many pairs it has (all of its own, or none) and what is drawn;
+        """int [N] tokens of each example, given how many pairs it has (all of its own, or none) and what is drawn;
         the most they can be in any epoch without `drawn`. `examples` are ids where it is not about all in order."""
         of = slice(None) if examples is None else examples
         cut_N, masked_N = self.cut_N[of], self.masked_N[of]
@@ -109,13 +110,13 @@ def example_costs(corpus: Corpus, config: Config) -> Costs:
     stp, jepa, how = config.objective.stp, config.objective.jepa, config.data.text_views
     laid = (VIEWS if config.data.layout != "shared" else VIEWS[1:]) if jepa.weight else ()
     texts = corpus.texts if jepa.weight and len(corpus.texts.bounds) else None
-    conversation_N, record_Q, lengths = corpus.lengths("conversation"), records_of_pairs(corpus), _view_lengths(corpus)
+    conversation_N, record_Q = corpus.lengths("conversation").astype(np.int32), records_of_pairs(corpus)
     pairs_N, cut_N, views_N = (np.zeros_like(conversation_N) for _ in range(3))
     longest_N = conversation_N.copy()
     if jepa.weight:
         pairs_N += np.diff(corpus.pair_offsets)
     for view in laid:
-        length_Q = lengths[view] + added_tokens(config)[view]
+        length_Q = (corpus.lengths(f"{view}_view") + added_tokens(config)[view]).astype(np.int32)
         np.add.at(views_N, record_Q, length_Q)
         np.maximum.at(longest_N, record_Q, length_Q)
     if texts is not None:
@@ -125,12 +126,13 @@ def example_costs(corpus: Corpus, config: Config) -> Costs:
         for view in laid:
             around_N = can_N * (DOCUMENT_HEADER + added_tokens(config)[view])
             views_N += around_N
-            longest_N = np.maximum(longest_N, around_N + most_Nx3[:, VIEWS.index(view)])
+            longest_N = np.maximum(longest_N, (around_N + most_Nx3[:, VIEWS.index(view)]).astype(np.int32))
+    targets_N = corpus.num_targets(config.objective.ntp.targets).astype(np.int32)
     points_Nx4 = content_points(corpus.contents, stp)
+    masked_N = masked_tokens(stp, points_Nx4).astype(np.int32)
     return Costs(
-        conversation_N, corpus.num_targets(config.objective.ntp.targets), pairs_N, views_N, cut_N,
-        masked_tokens(stp, points_Nx4), longest_N, points_Nx4, laid, stp, texts, how,
-    )  # fmt: skip
+        conversation_N, targets_N, pairs_N, views_N, cut_N, masked_N, longest_N, points_Nx4, laid, stp, texts, how
+    )
 
 
 def records_of_pairs(corpus: Corpus) -> np.ndarray:
@@ -145,16 +147,11 @@ def added_tokens(config: Config) -> dict[str, int]:
 
 
 def shortest_views(corpus: Corpus, config: Config) -> dict[str, np.ndarray]:
-    """int64 [N] tokens of the shortest `text` and `code` view that each record can have, as a segment of its own."""
-    texts, how = corpus.texts, config.data.text_views
-    lengths = {}
-    for view, length_Q in _view_lengths(corpus).items():
-        lengths[view] = np.full(len(corpus), np.iinfo(np.int64).max)
-        np.minimum.at(lengths[view], records_of_pairs(corpus), length_Q + added_tokens(config)[view])
+    """int32 [N] tokens of the shortest `text` and `code` view that each record can have, as a segment of its own."""
+    texts, how, lengths = corpus.texts, config.data.text_views, {}
+    for view in VIEWS:
+        length_Q = (corpus.lengths(f"{view}_view") + added_tokens(config)[view]).astype(np.int32)
+        lengths[view] = np.full(len(corpus), np.iinfo(np.int32).max, np.int32)
+        np.minimum.at(lengths[view], records_of_pairs(corpus), length_Q)
         lengths[view][texts.can_be_cut(how)] = DOCUMENT_HEADER + 1 + added_tokens(config)[view]
     return lengths
-
-
-def _view_lengths(corpus: Corpus) -> dict[str, np.ndarray]:
-    """int64 [Q] tokens of the views of conversations, header and content."""
-    return {view: corpus.lengths(f"{view}_view") for view in VIEWS}
