@@ -4,7 +4,9 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from llm_jepa_jax.analysis.plots import BLUE, GREEN, GREY, INK, ORANGE
 from llm_jepa_jax.sweep.comparison import CellResult, Row
@@ -50,9 +52,20 @@ def _figure(row: str, cells: Sequence[CellResult], metric: str, by_compute: bool
     axes.set_title(" ".join(filter(None, [row, metric, "by compute" if by_compute else "by step"])))
     axes.set_xlabel(f"{PREFIXES[power]}FLOP" if by_compute else "step")
     axes.set_ylabel("%" if higher_is_better(metric) else metric)
+    if metric.endswith("_loss") and all((mean > 0).all() for _, (_, mean, _) in shown):
+        _logarithmic(axes)
     if len(shown) > 1 or shown[0][0].cell.variant:
         axes.legend()
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers: the first steps' losses would leave the rest a flat line."""
+    axes.set_yscale("log")
+    bottom, top = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}" if top < 100 * bottom else NullFormatter())
 
 
 def _mean(cell: CellResult, metric: str, by_compute: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
