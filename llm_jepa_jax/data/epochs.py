@@ -12,7 +12,7 @@ import concurrent.futures
 import copy
 import dataclasses
 import threading
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -77,7 +77,8 @@ class Epochs:
             self._order = kept = epoch, *epoch_order(self._config, self._weights_N, epoch)
         _, order, rng = kept
         part = order[len(order) * window // self.windows : len(order) * (window + 1) // self.windows]
-        rng = np.random.Generator(rng.bit_generator.jumped(window)) if window else copy.deepcopy(rng)
+        bits = copy.deepcopy(cast(np.random.PCG64, rng.bit_generator))
+        rng = np.random.Generator(bits.jumped(window) if window else bits)
         return plan_examples(self._config, self.costs, self.kinds, epoch, part, rng)
 
     def tokens(self, plan: Plan) -> int:

@@ -110,7 +110,8 @@ def _with_lengths(
     config: Config, costs: Costs, finest: Kinds, loads: dict[tuple[int, int], Load], count: int, margin: float
 ) -> Kinds:
     """The kinds for the first `count` row lengths; those that no example can come to are left out."""
-    lengths, steps, table = finest.lengths[:count], [], np.full((2, count), -1)
+    steps: list[StepShape] = []
+    lengths, table = finest.lengths[:count], np.full((2, count), -1)
     for apart, bucket in np.ndindex(2, count):
         # What would suit shorter rows than there are lies in the shortest.
         there = [loads[place] for place in sorted(loads) if (place[0], min(place[1], count - 1)) == (apart, bucket)]

@@ -83,8 +83,9 @@ def load_of(
     tokens_N: np.ndarray, targets_N: np.ndarray, pairs_N: np.ndarray, longest_N: np.ndarray, weights_N: np.ndarray
 ) -> Load:
     """The load of some examples; `weights` are copies of each."""
-    sums = (float(each_N @ weights_N) for each_N in (tokens_N, targets_N, pairs_N))
-    return Load(*sums, float(weights_N.sum()), *(int(each_N.max()) for each_N in (targets_N, pairs_N, longest_N)))
+    tokens, targets, pairs = (float(each_N @ weights_N) for each_N in (tokens_N, targets_N, pairs_N))
+    most_targets, most_pairs, longest = (int(each_N.max()) for each_N in (targets_N, pairs_N, longest_N))
+    return Load(tokens, targets, pairs, float(weights_N.sum()), most_targets, most_pairs, longest)
 
 
 def slot_sizes(load: Load, shape: RowShape, packed: bool, margin: float, num_spans: int) -> RowShape:

@@ -131,7 +131,7 @@ class IndexWriter:
 def index_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     """An index as a file."""
     data = io.BytesIO()
-    np.savez(data, **arrays)
+    np.savez(data, **arrays)  # type: ignore[arg-type]
     return data.getvalue()
 
 

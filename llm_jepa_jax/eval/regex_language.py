@@ -240,9 +240,9 @@ class Arena:
             if self.nullable(first, before, False) != self.nullable(second, before, False):
                 return _spelled(pair, reached)
             for character in characters:
-                ahead = tuple(self.derivative(side, character, before) for side in (first, second))
-                following = (*ahead, self._has_boundary and within(character, WORD))
-                if ahead[0] != ahead[1] and following not in reached:
+                ahead, other_ahead = (self.derivative(side, character, before) for side in (first, second))
+                following = (ahead, other_ahead, self._has_boundary and within(character, WORD))
+                if ahead != other_ahead and following not in reached:
                     if len(reached) >= most_pairs:
                         raise TooLarge(f"more than {most_pairs} pairs of states")
                     reached[following] = (pair, character)

@@ -118,7 +118,7 @@ class Sandbox:
     def __enter__(self) -> "Sandbox":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *why: object) -> None:
         for _ in range(self._size):
             worker = self._workers.get()
             if worker:

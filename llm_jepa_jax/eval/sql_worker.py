@@ -15,6 +15,7 @@ import sqlite3
 import sys
 import time
 import urllib.parse
+from collections.abc import Callable
 
 READS = ("sqlite_master", "sqlite_schema")
 ALLOWED_FUNCTIONS = """
@@ -74,11 +75,11 @@ def allow_seconds(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
-def authorizer(tables: frozenset[str]):
+def authorizer(tables: frozenset[str]) -> Callable[[int, str | None, str | None, str | None, str | None], int]:
     """Allows SELECT, columns of the file's own tables, and known functions."""
     always = (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_RECURSIVE)
 
-    def allowed(action, first, second, database, trigger):
+    def allowed(action: int, first: str | None, second: str | None, database: str | None, trigger: str | None) -> int:
         if action in always:
             return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_READ:

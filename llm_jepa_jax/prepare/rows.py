@@ -6,7 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from llm_jepa_jax.data.sources import UTF8_MARK
 from llm_jepa_jax.errors import UserError
@@ -56,7 +56,7 @@ def separated(file: SourceFile, delimiter: str = ",", quoted: bool = True) -> It
         UserError: it is no such file, or not UTF-8.
     """
     csv.field_size_limit(FIELD_BYTES)
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     line = 1
     with file.opened() as opened:
         text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")

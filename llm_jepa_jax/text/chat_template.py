@@ -190,10 +190,10 @@ class ChatTemplate:
                 found[part] = len(text)
         spans = []
         for i in range(len(messages)):
-            ends = [found.get(f"{mark}{i}{marks[1]}") for mark in (marks[0], marks[2])]
-            if None in ends:
+            first, end = (found.get(f"{mark}{i}{marks[1]}") for mark in (marks[0], marks[2]))
+            if first is None or end is None:
                 self._refuse_turn(messages, i, "not as a whole")
-            spans.append((ends[0], ends[1]))
+            spans.append((first, end))
         inner = [place for place, again in zip(blocks[1:-1:2], blocks[2::2], strict=True) if place == again]
         blocks = [place for place in blocks if place not in inner]
         thoughts = {

@@ -21,7 +21,7 @@ def convert_sentencepiece(files: CheckpointFiles) -> dict[str, Any]:
     """
     from sentencepiece import sentencepiece_model_pb2  # protobuf, wanted only here
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(files.contents[MODEL])
     except Exception as error:  # protobuf's own classes differ by version
