@@ -180,7 +180,9 @@ def _log_data(data: TrainData) -> None:
         s["num_steps"],
     )  # fmt: skip
     if s["windows_per_epoch"] > 1:
-        LOG.info("an epoch is planned in %d windows; its numbers are those of the first", s["windows_per_epoch"])
+        LOG.info(
+            "an epoch is planned in %d windows: numbers are the first one's, times as many", s["windows_per_epoch"]
+        )
     for kind, k in zip(data.kinds, s["kinds"], strict=True):
         LOG.info(
             "steps of %s: %d examples in %d rows an epoch, fill %.1f%%, %d target and %d pair slots a row, "
