@@ -305,6 +305,10 @@ STEPS = {
         ["--config=configs/llama8b.py", "--config.model.num_layers=2", "--config.data.rows_per_step=8",
          "--config.mesh.tensor=2"], 0,
     ),
+    "llama8b, short rows": (
+        ["--config=configs/llama8b.py", "--config.model.num_layers=2", "--config.data.rows_per_step=4",
+         "--config.data.row_length=2048", "--config.mesh.tensor=2"], 0,
+    ),
     "rows in parts": (
         ["--config=configs/llama8b.py:smoke", "--config.model.vocab_size=512", "--config.model.embed_dim=256",
          "--config.model.head_dim=64", "--config.data.row_length=512", "--config.mesh.fsdp=2",
@@ -312,6 +316,8 @@ STEPS = {
     ),
 }  # fmt: skip
 
+LONG = ("llama1b", "llama8b")
+"""Their rows of 8,192 tokens take the compiler minutes."""
 
 KERNELS_ALONE = (
     ((64, "bfloat16", 512, 0, 0.0), 2),
@@ -333,7 +339,7 @@ def compiled_for_tpus(*cases):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", [pytest.param("llama1b", marks=pytest.mark.slow), "llama8b", "rows in parts"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in STEPS])
 def test_a_step_with_splash_compiles_for_tpus(name):
     """`auto` sees the mesh's TPUs on a machine that has none. The kernels: forward, forward again in the backward pass
     (remat), and the gradients of queries and of keys with values."""
